@@ -1,0 +1,157 @@
+"""Where sealed blocks are: `BlockPool` (the memory of one tier, allocated and touched once, with a free list) and
+`BlockTable` (which blocks of a pool belong to one layer of one request). Neither knows what a block's bytes mean;
+`Compressor` does.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from pikv_megatron.compressor import Field
+
+
+class PoolFullError(RuntimeError):
+    """A pool has fewer free blocks than are needed. Nothing was changed."""
+
+
+class BlockPool:
+    """Fixed memory for `num_blocks` blocks, one tensor per field, and their labels.
+
+    Beside the encoded fields each block has `start` (position of its first token), `label` (its expert) and, where
+    `importance` is asked for, the accumulated importance of its tokens.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        num_blocks: int,
+        block_size: int,
+        fields: Mapping[str, Field],
+        device: torch.device,
+        importance: bool,
+    ) -> None:
+        self.kind, self.num_blocks, self.block_size, self.device = kind, num_blocks, block_size, device
+        pinned = kind == "host" and torch.cuda.is_available()
+
+        def touched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return torch.zeros(num_blocks, *shape, dtype=dtype, device=device, pin_memory=pinned)
+
+        self.fields = {name: touched(field.shape, field.dtype) for name, field in fields.items()}
+        self.start = touched((), torch.int64)
+        self.label = touched((), torch.int64)
+        self.importance = touched((block_size,), torch.float32) if importance else None
+        self._free = list(range(num_blocks))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the pool by name, labels included."""
+        extra = {"start": self.start, "label": self.label}
+        if self.importance is not None:
+            extra["importance"] = self.importance
+        return {**self.fields, **extra}
+
+    @property
+    def free_blocks(self) -> int:
+        return len(self._free)
+
+    @property
+    def used_blocks(self) -> int:
+        return self.num_blocks - len(self._free)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, summed over the storage of its rows."""
+        return sum(t[0].numel() * t.element_size() for t in self.tensors.values())
+
+    @property
+    def allocated_bytes(self) -> int:
+        return sum(t.untyped_storage().nbytes() for t in self.tensors.values())
+
+    def check_free(self, blocks: int, what: str) -> None:
+        """Raises PoolFullError where fewer than `blocks` are free."""
+        if blocks > len(self._free):
+            raise PoolFullError(
+                f"{what}: needs {blocks} blocks of {self.block_size} tokens in the {self.kind} tier, "
+                f"{len(self._free)} of {self.num_blocks} are free; release requests or raise max_tokens (tiers[].bytes)"
+            )
+
+    def allocate(self, blocks: int) -> list[int]:
+        """Takes `blocks` ids, lowest first, so that what is sealed together lies together."""
+        self.check_free(blocks, "allocate")
+        taken, self._free = self._free[:blocks], self._free[blocks:]
+        return taken
+
+    def free(self, ids: Iterable[int]) -> None:
+        for block_id in ids:
+            at = bisect.bisect_left(self._free, block_id)
+            if not 0 <= block_id < self.num_blocks or (at < len(self._free) and self._free[at] == block_id):
+                raise ValueError(f"block {block_id} of the {self.kind} tier is not allocated")
+            self._free.insert(at, block_id)
+
+    def write(
+        self,
+        ids: Tensor,
+        encoded: Mapping[str, Tensor],
+        start: Tensor,
+        label: Tensor,
+        importance: Tensor | None,
+    ) -> None:
+        """Writes n blocks at `ids` [n]: each field [n, ...], start, label [n], importance [n, block_size] or None."""
+        for name, tensor in self.fields.items():
+            tensor.index_copy_(0, ids, encoded[name].to(tensor.device))
+        self.start.index_copy_(0, ids, start.to(self.device))
+        self.label.index_copy_(0, ids, label.to(self.device))
+        if self.importance is not None and importance is not None:
+            self.importance.index_copy_(0, ids, importance.to(self.device))
+
+    def copy_from(self, ids: Tensor, other: BlockPool, other_ids: Tensor) -> None:
+        """Copies blocks `other_ids` [n] of `other` to `ids` [n], labels included."""
+        for name, tensor in self.tensors.items():
+            source = other.tensors[name].index_select(0, other_ids.to(other.device))
+            tensor.index_copy_(0, ids.to(self.device), source.to(self.device))
+
+
+class BlockTable:
+    """The blocks of one layer of one request in one pool: ids as a list for the host, as a tensor for the ops.
+
+    The two always agree: a block whose contents are replaced in place keeps its id.
+    """
+
+    def __init__(self, pool: BlockPool) -> None:
+        self.pool = pool
+        self.ids: list[int] = []
+        self._tensor = torch.zeros(min(pool.num_blocks, 64), dtype=torch.int64, device=pool.device)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def tensor(self) -> Tensor:
+        """Block ids [len(self)], int64."""
+        return self._tensor[: len(self.ids)]
+
+    def extend(self, ids: list[int]) -> None:
+        first, last = len(self.ids), len(self.ids) + len(ids)
+        if last > self._tensor.shape[0]:
+            grown = self._tensor.new_zeros(max(last, 2 * self._tensor.shape[0]))
+            grown[:first] = self._tensor[:first]
+            self._tensor = grown
+        if len(ids) == 1:
+            self._tensor[first] = ids[0]
+        elif ids:
+            self._tensor[first:last] = torch.tensor(ids, dtype=torch.int64).to(self._tensor.device)
+        self.ids.extend(ids)
+
+    def remove(self, ids: set[int]) -> None:
+        """Forgets `ids` (the caller frees them in the pool)."""
+        kept = [block_id for block_id in self.ids if block_id not in ids]
+        self.ids = []
+        self.extend(kept)
+
+    def clear(self) -> list[int]:
+        ids, self.ids = self.ids, []
+        return ids

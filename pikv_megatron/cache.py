@@ -1,0 +1,382 @@
+"""PiKVCache: the one pipeline append -> attend -> observe_routing -> seal, and the only module that knows this order.
+
+It holds requests, windows and tables, and calls the stages: `checks` at the door, `window` for raw tokens, `sealing`
+when they leave it, `selection` and `ops` to attend. What a stage measures is gathered here and returned by `stats`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pikv_megatron import checks, ops
+from pikv_megatron import config as configs
+from pikv_megatron.blocks import BlockTable, PoolFullError
+from pikv_megatron.compressor import Compressor
+from pikv_megatron.expert_cache import ExpertKVCache, gather_decoded, group_rows, ungroup
+from pikv_megatron.metrics import ReadMeter, cache_stats
+from pikv_megatron.sealing import LayerState, Sealer
+from pikv_megatron.selection import Source, read_selected
+from pikv_megatron.sharding.placement import Placement
+from pikv_megatron.streamer import Streamer
+from pikv_megatron.tiers import build_tiers, resident
+from pikv_megatron.window import LayerWindow, WindowBuffer
+
+
+class Retrieved(NamedTuple):
+    """Decoded tokens in position order: k [tokens, num_query_groups, head_dim], v with v_head_dim, positions [tokens]
+    int64.
+    """
+
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+
+
+class AttendResult(NamedTuple):
+    """Attention of some query tokens.
+
+    out: [tokens, num_attention_heads, v_head_dim] in q's dtype. lse: [tokens, num_attention_heads] float32, over what
+    was read.
+    missed_estimate, missed_certificate: [tokens, num_attention_heads] float32, the share of each head's softmax, over
+    what the cache
+    stores, that was not read: expected, and never exceeded. Zero where everything was read. The output is off by at
+    most 2 * missed * max|v|.
+    """
+
+    out: Tensor
+    lse: Tensor
+    missed_estimate: Tensor
+    missed_certificate: Tensor
+
+
+@dataclass
+class _Request:
+    slot: int
+    layers: list[LayerState]
+    routing: dict[int, tuple[int, Tensor, Tensor]] = field(default_factory=dict)
+    """Per MoE layer: length when it was observed, expert_ids and weights of the newest tokens then."""
+
+
+class PiKVCache:
+    """A sharded, compressed, selectively read KV cache for one rank's layers.
+
+    Args:
+        model: ModelConfig, dict or YAML path; a file or dict with a section `model` may hold the runtime's keys too.
+        runtime: RuntimeConfig, dict or YAML path; None takes what came with `model`, else the defaults.
+
+    Raises:
+        ConfigError: a config that cannot be used, naming the key.
+
+    All methods are for one thread. Requests are ints of the caller's choosing; the first append creates one,
+    `release` ends it.
+    """
+
+    def __init__(
+        self,
+        model: configs.ModelConfig | Mapping[str, Any] | str | Path,
+        runtime: configs.RuntimeConfig | Mapping[str, Any] | str | Path | None = None,
+    ) -> None:
+        self.model, self.runtime = configs.resolve(model, runtime)
+        self.compressor = Compressor(self.model, self.runtime)
+        self.placement = Placement(self.model, self.runtime)
+        self.streamer = Streamer()
+        self._sealer_args = (self.model, self.runtime, self.compressor)
+        Sealer(*self._sealer_args, [], self.streamer)  # budgets are checked before memory is taken
+        self.tiers = build_tiers(*self._sealer_args)
+        self._sealer = Sealer(*self._sealer_args, self.tiers, self.streamer)
+        self._windows = [WindowBuffer(self.model, self.runtime) for _ in range(self.model.num_layers)]
+        self._free_slots = list(range(self.runtime.max_requests))
+        self._requests: dict[int, _Request] = {}
+        self._meter = ReadMeter(self.model, self.runtime)
+
+    # ---- writing
+
+    def append(self, layer_id: int, k: Tensor, v: Tensor, request_id: int = 0, start: int | None = None) -> None:
+        """Adds the next tokens of a request to a layer; the first append of a request creates it.
+
+        Args:
+            k: [tokens, num_query_groups, head_dim], post-RoPE, in the model's dtype. v: the same with v_head_dim.
+            start: position of the first token, to be checked against the next one; None takes the next one.
+
+        Raises:
+            ValueError, TypeError, IndexError: an argument that does not fit; PoolFullError: no memory left. Nothing
+                has changed then.
+        """
+        checks.check_layer(layer_id, self.model)
+        tokens = checks.check_kv(k, v, self.model, self.runtime, self.compressor.largest)
+        request = self._requests.get(request_id)
+        checks.check_start(start, request.layers[layer_id].length if request else 0, request_id, layer_id)
+        created = request is None
+        if request is None:
+            request = self._create(request_id)
+        state = request.layers[layer_id]
+        self._sealer.seal(state)
+        try:
+            self._sealer.reserve(state, tokens)
+        except PoolFullError:
+            if created:
+                self.release(request_id)
+            raise
+        state.window.append(k, v)
+        state.length += tokens
+        self._inherit_labels(request, state, tokens)
+
+    def update(
+        self,
+        layer_id: int,
+        token_id: int | Sequence[int] | Tensor,
+        k: Tensor,
+        v: Tensor,
+        request_id: int = 0,
+        expert_ids: Tensor | Sequence[int] | None = None,
+    ) -> None:
+        """`append` with explicit positions, and labels where the caller knows the experts.
+
+        Args:
+            token_id: position of the one token of k, v [num_query_groups, channels], or consecutive positions of k, v
+                [tokens, ...].
+            expert_ids: [topk] for one token or [tokens, topk]; all weigh the same.
+        """
+        if isinstance(k, Tensor) and isinstance(v, Tensor) and k.dim() == 2 and v.dim() == 2:
+            k, v = k.unsqueeze(0), v.unsqueeze(0)
+        checks.check_layer(layer_id, self.model)
+        tokens = checks.check_kv(k, v, self.model, self.runtime, self.compressor.largest)
+        start = checks.first_position(token_id, tokens)
+        if expert_ids is None:
+            self.append(layer_id, k, v, request_id, start)
+            return
+        ids = torch.as_tensor(expert_ids, device=k.device)
+        ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
+        weights = torch.full(ids.shape, 1.0 / ids.shape[-1], device=k.device)
+        if checks.check_routing(ids, weights, self.model, tokens) != tokens:
+            raise ValueError(f"expert_ids: expected experts of all {tokens} tokens, got {ids.shape[0]}")
+        self.append(layer_id, k, v, request_id, start)
+        self.observe_routing(layer_id, ids, weights, request_id)
+
+    def observe_routing(self, layer_id: int, expert_ids: Tensor, weights: Tensor, request_id: int = 0) -> None:
+        """Tells which experts the newest tokens of a layer went to; then seals what has left the window.
+
+        Args:
+            expert_ids: [tokens, topk] integers. weights: [tokens, topk], the gate's.
+
+        Dense layers after an MoE layer inherit its routing for the same tokens.
+        """
+        request, state = self._state(layer_id, request_id)
+        tokens = checks.check_routing(expert_ids, weights, self.model, state.window.tokens)
+        state.window.label_newest(expert_ids, weights)
+        if self.model.moe_layers is not None:
+            request.routing[layer_id] = (
+                state.length,
+                expert_ids[-tokens:].clone(),
+                weights[-tokens:].clone(),
+            )
+        self._sealer.seal(state)
+
+    def release(self, request_id: int) -> None:
+        """Ends a request and frees its memory. Raises UnknownRequestError where it is not live."""
+        request = self._request(request_id)
+        for state in request.layers:
+            for index, table in enumerate(state.tables):
+                table.pool.free(table.clear() + (state.reserved[index] if state.reserved else []))
+        self._free_slots.append(request.slot)
+        del self._requests[request_id]
+        self.streamer.released(request_id)
+
+    # ---- reading
+
+    def attend(self, layer_id: int, q: Tensor, request_id: int = 0) -> tuple[Tensor, Tensor]:
+        """Attention of the newest tokens of a request, causal by position.
+
+        Args:
+            q: [tokens, num_attention_heads, head_dim], post-RoPE, the queries of the newest `tokens` positions.
+
+        Returns:
+            out [tokens, num_attention_heads, v_head_dim] in q's dtype; lse [tokens, num_attention_heads] float32.
+        """
+        result = self.attend_measured(layer_id, q, request_id)
+        return result.out, result.lse
+
+    def attend_measured(self, layer_id: int, q: Tensor, request_id: int = 0) -> AttendResult:
+        """`attend`, with the missed mass beside the output. One query token follows attention.mode; several read
+        everything.
+        """
+        _, state = self._state(layer_id, request_id)
+        model = self.model
+        tokens = checks.check_tensor(
+            "q", q, (model.num_attention_heads, model.head_dim), model.torch_dtype, self.runtime.torch_device
+        )
+        if tokens > state.length:
+            raise ValueError(
+                f"q: request {request_id}, layer {layer_id} has {state.length} tokens, got queries of {tokens}"
+            )
+        rows = group_rows(q, model.num_query_groups)
+        oldest_query = state.length - tokens
+        sealed = [table for table in state.tables if len(table)]
+        if sealed and oldest_query < state.sealed_end:
+            merged, missed = self._attend_sealed_queries(state, rows, tokens, sealed), None
+        else:
+            raw = state.window.read()
+            window = ops.attend_window(rows, raw.k, raw.v, tokens, model.scale)
+            merged, missed = self._attend_sealed(state, rows, tokens, sealed, window)
+            if self.runtime.budget.policy != "none":
+                self._add_importance(state, rows, tokens, merged.lse, raw.k, sealed)
+        out, lse = ungroup(merged, tokens)
+        nothing = torch.zeros_like(lse)
+        estimate, certificate = (
+            (ungroup(ops.Partial(merged.out, m), tokens).lse for m in missed) if missed else (nothing, nothing)
+        )
+        if model.label_source(layer_id) != layer_id:
+            self._sealer.seal(state)  # a dense layer has its labels already
+        return AttendResult(out.to(q.dtype), lse, estimate, certificate)
+
+    def retrieve(self, layer_id: int, request_id: int = 0) -> Retrieved:
+        """Every token that a layer holds of a request, decoded, in position order."""
+        _, state = self._state(layer_id, request_id)
+        raw = state.window.read()
+        sinks = min(self.runtime.sinks, raw.tokens)
+        places = torch.arange(raw.tokens, device=raw.k.device)
+        raw_positions = torch.where(places < sinks, places, places - sinks + state.sealed_end)
+        k, v = raw.k.transpose(0, 1), raw.v.transpose(0, 1)
+        sealed = [table for table in state.tables if len(table)]
+        if not sealed:
+            return Retrieved(k.clone(), v.clone(), raw_positions)
+        middle = gather_decoded(sealed, self.compressor, k.device)
+        parts = zip((k, v, raw_positions), middle, strict=True)
+        return Retrieved(*(torch.cat([ours[:sinks], stored, ours[sinks:]]) for ours, stored in parts))
+
+    def expert_shard(self, layer_id: int, expert_id: int) -> ExpertKVCache:
+        """What the cache holds now for one expert of a layer, over all requests, as a read-only ExpertKVCache."""
+        checks.check_layer(layer_id, self.model)
+        shard: dict[int, list[BlockTable]] = {}
+        for request_id, request in self._requests.items():
+            for table in request.layers[layer_id].tables:
+                labels = table.pool.label[table.tensor].tolist()
+                mine = [block_id for block_id, label in zip(table.ids, labels, strict=True) if label == expert_id]
+                if mine:
+                    part = BlockTable(table.pool)
+                    part.extend(mine)
+                    shard.setdefault(request_id, []).append(part)
+        return ExpertKVCache.view(self.model, self.runtime, layer_id, expert_id, shard)
+
+    def requests(self) -> list[int]:
+        """Ids of the live requests, ascending."""
+        return sorted(self._requests)
+
+    def length(self, request_id: int = 0, layer_id: int = 0) -> int:
+        """Positions appended to a layer of a request so far."""
+        return self._state(layer_id, request_id)[1].length
+
+    def stats(self) -> dict[str, Any]:
+        """What the cache holds and did; bytes are summed from the tensors' storage. Waits for the device."""
+        states = [state for request in self._requests.values() for state in request.layers]
+        return cache_stats(self.tiers, self._windows, len(self._requests), states, self.placement, self._meter)
+
+    # ---- inside
+
+    def _create(self, request_id: int) -> _Request:
+        if isinstance(request_id, bool) or not isinstance(request_id, int):
+            raise TypeError(f"request_id: expected an int, got {request_id!r}")
+        if not self._free_slots:
+            raise RuntimeError(
+                f"max_requests: all {self.runtime.max_requests} are live, no room for request {request_id}"
+            )
+        slot = self._free_slots.pop(0)
+        layers = [
+            LayerState(
+                request_id,
+                layer_id,
+                LayerWindow(window, slot, self.runtime.sinks),
+                [BlockTable(pool) for pool in self.tiers],
+                sealed_end=self.runtime.sinks,
+            )
+            for layer_id, window in enumerate(self._windows)
+        ]
+        self._requests[request_id] = _Request(slot, layers)
+        return self._requests[request_id]
+
+    def _request(self, request_id: int) -> _Request:
+        if request_id not in self._requests:
+            raise checks.UnknownRequestError(f"request {request_id!r} does not exist; live requests: {self.requests()}")
+        return self._requests[request_id]
+
+    def _state(self, layer_id: int, request_id: int) -> tuple[_Request, LayerState]:
+        checks.check_layer(layer_id, self.model)
+        request = self._request(request_id)
+        return request, request.layers[layer_id]
+
+    def _inherit_labels(self, request: _Request, state: LayerState, tokens: int) -> None:
+        """A dense layer's tokens take the labels of the last MoE layer before it, which has already seen them."""
+        source = self.model.label_source(state.layer_id)
+        if source is None or source == state.layer_id or source not in request.routing:
+            return
+        length, expert_ids, weights = request.routing[source]
+        if length == state.length:
+            count = min(tokens, expert_ids.shape[0])
+            state.window.label_newest(expert_ids[-count:], weights[-count:])
+
+    def _sources(self, sealed: list[BlockTable]) -> list[Source]:
+        sources = []
+        for table in sealed:
+            fields, ids = resident(table.pool, table.tensor, self.runtime.torch_device)
+            source = Source(self.compressor.keys(fields), self.compressor.values(fields), ids, self.runtime.block_size)
+            sources.append(source)
+        return sources
+
+    def _attend_sealed(
+        self, state: LayerState, rows: Tensor, tokens: int, sealed: list[BlockTable], window: ops.Partial
+    ) -> tuple[ops.Partial, tuple[Tensor, Tensor] | None]:
+        if not sealed:
+            return window, None
+        sources, scale, config = self._sources(sealed), self.model.scale, self.runtime.attention
+        if config.mode == "exact" or tokens > 1:
+            parts = [ops.attend_blocks(rows, s.keys, s.values, s.block_ids, scale) for s in sources]
+            return ops.merge_partials([window, *parts]), None
+        reading = read_selected(rows, sources, window.lse, config, scale)
+        self._meter.add(state.layer_id, reading, sum(len(table) for table in sealed) * self.runtime.block_size)
+        return ops.merge_partials([window, *reading.partials]), (reading.estimate, reading.certificate)
+
+    def _attend_sealed_queries(
+        self, state: LayerState, rows: Tensor, tokens: int, sealed: list[BlockTable]
+    ) -> ops.Partial:
+        """Queries whose own tokens were partly sealed already: everything is read, causal by explicit positions."""
+        device, raw = rows.device, state.window.read()
+        places = torch.arange(raw.tokens, device=device)
+        sinks = self.runtime.sinks
+        raw_positions = torch.where(places < sinks, places, places - sinks + state.sealed_end)
+        queries = torch.arange(state.length - tokens, state.length, device=device).repeat(rows.shape[1] // tokens)
+        parts = [ops.attend_at(rows, raw.k, raw.v, raw_positions, queries, self.model.scale)]
+        for table, source in zip(sealed, self._sources(sealed), strict=True):
+            starts = table.pool.start.index_select(0, table.tensor).to(device)
+            positions = starts.unsqueeze(1) + torch.arange(source.block_size, device=device)
+            parts.append(
+                ops.attend_blocks(
+                    rows, source.keys, source.values, source.block_ids, self.model.scale, positions, queries
+                )
+            )
+        return ops.merge_partials(parts)
+
+    def _add_importance(
+        self,
+        state: LayerState,
+        rows: Tensor,
+        tokens: int,
+        lse: Tensor,
+        raw_k: Tensor,
+        sealed: list[BlockTable],
+    ) -> None:
+        """Adds the attention of these queries (of a prompt's last observation_window) to what they looked at."""
+        seen = min(tokens, self.runtime.budget.observation_window)
+        groups, per_group = rows.shape[0], rows.shape[1] // tokens
+        rows = rows.view(groups, per_group, tokens, -1)[:, :, -seen:].flatten(1, 2)
+        lse = lse.view(groups, per_group, tokens)[:, :, -seen:].flatten(1, 2)
+        state.window.add_importance(ops.window_importance(rows, lse, raw_k, seen, self.model.scale))
+        for table, source in zip(sealed, self._sources(sealed), strict=True):
+            assert table.pool.importance is not None
+            share = ops.token_importance(rows, lse, source.keys, source.block_ids, self.model.scale)
+            table.pool.importance.index_add_(0, table.tensor, share.to(table.pool.device))

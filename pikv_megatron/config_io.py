@@ -1,0 +1,105 @@
+"""Strict conversion between nested mappings (YAML, JSON) and frozen dataclasses, whatever the keys mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, the value seen and what was expected."""
+
+
+def read_yaml(path: str | Path) -> Mapping[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError where the file holds anything else."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            content = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: not YAML: {error}") from error
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path}: expected a mapping of keys, got {type(content).__name__}")
+    return content
+
+
+def to_yaml(mapping: Mapping[str, Any]) -> str:
+    """A nested mapping as YAML, keys in their order."""
+    return yaml.safe_dump(dict(mapping), sort_keys=False)
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """A dataclass as a plain mapping under its YAML keys, tuples as lists."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return to_mapping(value)
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+    return {_key(field): plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
+    """Builds the dataclass `cls` from `mapping`; missing keys keep their defaults.
+
+    Args:
+        where: dotted name of this section, for error messages ("" at the top).
+
+    Raises:
+        ConfigError: unknown key (with the nearest known one), wrong type, or what `cls` itself refuses.
+    """
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"{where or 'config'}: expected a mapping of keys, got {mapping!r}")
+    fields = {_key(field): field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in mapping.items():
+        name = f"{where}.{key}" if where else str(key)
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
+            raise ConfigError(f"{name}: unknown key; {hint}")
+        values[fields[key].name] = _convert(value, hints[fields[key].name], name)
+    return cls(**values)
+
+
+def _key(field: dataclasses.Field[Any]) -> str:
+    return field.metadata.get("key", field.name)
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (hint,) = [arg for arg in args if arg is not type(None)]
+        return _convert(value, hint, name)
+    if origin is Literal:
+        if value is False and "off" in args:  # YAML 1.1 reads a bare `off` as False
+            value = "off"
+        if value is None and "none" in args:  # and people write null for none
+            value = "none"
+        if value not in args or isinstance(value, bool):
+            raise ConfigError(f"{name}: expected one of {', '.join(args)}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{name}: expected a list, got {value!r}")
+        return tuple(_convert(item, args[0], f"{name}[{i}]") for i, item in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):  # type: ignore[arg-type]
+            return value
+        return from_mapping(hint, value, name)  # type: ignore[arg-type]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or isinstance(value, bool):
+        raise ConfigError(f"{name}: expected {hint.__name__}, got {value!r}")
+    return value

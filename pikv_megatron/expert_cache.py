@@ -1,0 +1,195 @@
+"""ExpertKVCache: one expert's shard of one layer: every sealed block with that expert's label, across requests.
+
+Alone it owns its memory and takes blocks directly. `PiKVCache.expert_shard` gives the same class as a read-only view
+of what the cache holds for an expert at that moment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pikv_megatron import config as configs
+from pikv_megatron import ops
+from pikv_megatron.blocks import BlockPool, BlockTable
+from pikv_megatron.checks import UnknownRequestError, check_kv, check_layer, check_tensor
+from pikv_megatron.compressor import Compressor
+from pikv_megatron.tiers import build_tiers, resident
+
+
+class ExpertKVCache:
+    """The sealed blocks of one (layer, expert), encoded, on the rank that owns the expert.
+
+    Args:
+        model, runtime: dataclass, dict or YAML path each. Alone, the shard holds up to `max_tokens` tokens.
+        layer_id, expert_id: what this is the shard of.
+
+    Raises:
+        ConfigError: a config that cannot be used.
+        IndexError: layer_id or expert_id outside the model.
+    """
+
+    def __init__(
+        self,
+        model: configs.ModelConfig | Mapping[str, Any] | str | Path,
+        runtime: configs.RuntimeConfig | Mapping[str, Any] | str | Path | None = None,
+        layer_id: int = 0,
+        expert_id: int = 0,
+    ) -> None:
+        self.model, self.runtime = configs.resolve(model, runtime)
+        check_layer(layer_id, self.model)
+        if not 0 <= expert_id < max(1, self.model.num_experts):
+            raise IndexError(f"expert_id: expected 0 .. {max(1, self.model.num_experts) - 1}, got {expert_id}")
+        self.layer_id, self.expert_id = layer_id, expert_id
+        self.compressor = Compressor(self.model, self.runtime)
+        self._pool: BlockPool | None = None
+        self._tables: dict[int, list[BlockTable]] = {}
+        self._view = False
+
+    @classmethod
+    def view(
+        cls,
+        model: configs.ModelConfig,
+        runtime: configs.RuntimeConfig,
+        layer_id: int,
+        expert_id: int,
+        tables: dict[int, list[BlockTable]],
+    ) -> ExpertKVCache:
+        """A read-only shard over blocks that others hold, one list of tables per request."""
+        shard = cls(model, runtime, layer_id, expert_id)
+        shard._tables, shard._view = tables, True
+        return shard
+
+    @property
+    def pool(self) -> BlockPool:
+        """This shard's own memory, allocated and touched at first use."""
+        if self._pool is None:
+            self._pool = build_tiers(
+                dataclasses.replace(self.model, num_layers=1, moe_layers=None), self.runtime, self.compressor
+            )[0]
+        return self._pool
+
+    def requests(self) -> list[int]:
+        """Requests with blocks here, ascending."""
+        return sorted(self._tables)
+
+    def tokens(self, request_id: int) -> int:
+        return sum(len(table) for table in self._request(request_id)) * self.runtime.block_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks here, from their storage."""
+        return sum(len(table) * table.pool.block_bytes for tables in self._tables.values() for table in tables)
+
+    def put(self, request_id: int, start: int, k: Tensor, v: Tensor) -> None:
+        """Encodes and stores whole blocks of tokens, contiguous from position `start`.
+
+        Args:
+            k: [tokens, num_query_groups, head_dim], v: the same with v_head_dim; tokens a multiple of block_size.
+
+        Raises:
+            ValueError, TypeError: what does not fit; PoolFullError: no memory. Nothing has changed then.
+        """
+        if self._view:
+            raise ValueError(
+                f"put: this shard of expert {self.expert_id} is a view of a PiKVCache, "
+                "expected one that owns its memory"
+            )
+        tokens = check_kv(k, v, self.model, self.runtime, self.compressor.largest)
+        size = self.runtime.block_size
+        if tokens % size:
+            raise ValueError(f"k: expected a multiple of block_size ({size}) tokens, got {tokens}")
+        if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+            raise ValueError(f"start: expected a position of at least 0, got {start!r}")
+        count = tokens // size
+        self.pool.check_free(count, f"put: request {request_id}")
+        starts = torch.arange(start, start + tokens, size, device=k.device)
+        held = {s for table in self._tables.get(request_id, []) for s in table.pool.start[table.tensor].tolist()}
+        clash = [s for s in starts.tolist() if any(abs(s - h) < size for h in held)]
+        if clash:
+            raise ValueError(f"start: request {request_id} already holds tokens of the block at position {clash[0]}")
+        encoded = self.compressor.encode(*(x.unflatten(0, (count, size)).transpose(1, 2) for x in (k, v)))
+        table = self._tables.setdefault(request_id, [BlockTable(self.pool)])[0]
+        first = len(table)
+        table.extend(self.pool.allocate(count))
+        self.pool.write(table.tensor[first:], encoded, starts, torch.full_like(starts, self.expert_id), None)
+
+    def attend(self, q: Tensor, request_id: int = 0) -> ops.Partial:
+        """Attention over this shard's blocks alone; merge with others by log-sum-exp.
+
+        Args:
+            q: [tokens, num_attention_heads, head_dim], post-RoPE, all newer than every block here.
+
+        Returns: out [tokens, num_attention_heads, v_head_dim] and lse [tokens, num_attention_heads], float32.
+        """
+        tables = self._request(request_id)
+        tokens = check_tensor(
+            "q",
+            q,
+            (self.model.num_attention_heads, self.model.head_dim),
+            self.model.torch_dtype,
+            self.runtime.torch_device,
+        )
+        rows = group_rows(q, self.model.num_query_groups)
+        partials = []
+        for table in tables:
+            fields, ids = resident(table.pool, table.tensor, q.device)
+            keys, values = self.compressor.keys(fields), self.compressor.values(fields)
+            partials.append(ops.attend_blocks(rows, keys, values, ids, self.model.scale))
+        return ungroup(ops.merge_partials(partials), tokens)
+
+    def retrieve(self, request_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Decoded k, v [tokens, num_query_groups, channels] in the model's dtype and positions [tokens], in position
+        order.
+        """
+        return gather_decoded(self._request(request_id), self.compressor, self.runtime.torch_device)
+
+    def release(self, request_id: int) -> None:
+        """Frees the request's blocks."""
+        if self._view:
+            raise ValueError("release: this shard is a view of a PiKVCache, release the request there")
+        for table in self._request(request_id):
+            table.pool.free(table.clear())
+        del self._tables[request_id]
+
+    def _request(self, request_id: int) -> list[BlockTable]:
+        if request_id not in self._tables:
+            raise UnknownRequestError(
+                f"request {request_id} has no blocks of layer {self.layer_id}, expert {self.expert_id}"
+            )
+        return self._tables[request_id]
+
+
+def group_rows(q: Tensor, groups: int) -> Tensor:
+    """q [tokens, heads, D] as rows of their KV heads: [groups, heads_per_group * tokens, D], tokens fastest."""
+    tokens, heads, dim = q.shape
+    return q.view(tokens, groups, heads // groups, dim).permute(1, 2, 0, 3).reshape(groups, -1, dim)
+
+
+def ungroup(partial: ops.Partial, tokens: int) -> ops.Partial:
+    """Inverse of group_rows for a partial: out [tokens, heads, E], lse [tokens, heads]."""
+    groups, rows, dim = partial.out.shape
+    out = partial.out.view(groups, rows // tokens, tokens, dim).permute(2, 0, 1, 3)
+    lse = partial.lse.view(groups, rows // tokens, tokens).permute(2, 0, 1)
+    return ops.Partial(out.reshape(tokens, -1, dim), lse.reshape(tokens, -1))
+
+
+def gather_decoded(
+    tables: list[BlockTable], compressor: Compressor, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decoded tokens of blocks in position order: k, v [tokens, groups, channels], positions [tokens]."""
+    parts = []
+    for table in tables:
+        stored = {name: tensor.index_select(0, table.tensor).to(device) for name, tensor in table.pool.fields.items()}
+        k, v = (x.transpose(1, 2).flatten(0, 1) for x in compressor.decode(stored))
+        start = table.pool.start.index_select(0, table.tensor).to(device)
+        offsets = torch.arange(table.pool.block_size, device=device)
+        parts.append((k, v, (start.unsqueeze(1) + offsets).flatten()))
+    k, v, positions = (torch.cat(part) for part in zip(*parts, strict=True))
+    order = positions.argsort()
+    return k[order], v[order], positions[order]

@@ -1,0 +1,179 @@
+"""Sealing: what happens to block_size tokens when they leave the window. They are labelled, encoded and placed; where
+a layer is over its budget, its least important blocks are dropped or demoted to the next tier.
+
+Memory is reserved when tokens are appended, so that sealing itself cannot fail. In decode one block is sealed at a
+time and nothing is
+copied to the host: over budget, the new block takes the place of the least important one, found and overwritten on
+the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pikv_megatron import budget
+from pikv_megatron.blocks import BlockPool, BlockTable
+from pikv_megatron.compressor import Compressor
+from pikv_megatron.config import ModelConfig, RuntimeConfig
+from pikv_megatron.streamer import Streamer
+from pikv_megatron.window import LayerWindow, RawTokens
+
+
+@dataclass
+class LayerState:
+    """One layer of one request: its raw tokens, its blocks in each tier, and the blocks reserved for the next seal."""
+
+    request_id: int
+    layer_id: int
+    window: LayerWindow
+    tables: list[BlockTable]
+    length: int = 0
+    """Positions appended so far."""
+    sealed_end: int = 0
+    """Positions from the sinks up to here have been sealed."""
+    reserved: list[list[int]] = field(default_factory=list)
+    dropped: int = 0
+    """Blocks dropped by the budget."""
+    demoted: int = 0
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Blocks about to be placed: encoded fields, start, label, importance (or None), each with a leading dimension of
+    blocks.
+    """
+
+    encoded: dict[str, Tensor]
+    start: Tensor
+    label: Tensor
+    importance: Tensor | None
+
+    def pick(self, index: Tensor) -> _Blocks:
+        importance = None if self.importance is None else self.importance[index]
+        return _Blocks({n: t[index] for n, t in self.encoded.items()}, self.start[index], self.label[index], importance)
+
+    def write(self, pool: BlockPool, ids: Tensor) -> None:
+        pool.write(ids, self.encoded, self.start, self.label, self.importance)
+
+
+class Sealer:
+    """Seals the tokens of LayerStates into the tiers' pools."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        runtime: RuntimeConfig,
+        compressor: Compressor,
+        tiers: list[BlockPool],
+        streamer: Streamer,
+    ) -> None:
+        self._model, self._runtime, self._compressor = model, runtime, compressor
+        self._tiers, self._streamer = tiers, streamer
+        budgets = budget.layer_budgets(model, runtime)
+        self._allowed = None if budgets is None else [budget.blocks_allowed(tokens, runtime) for tokens in budgets]
+
+    def overflow(self, tokens: int) -> int:
+        """Whole blocks that have left the window of a layer with `tokens` raw tokens."""
+        return max(0, (tokens - self._runtime.sinks - self._runtime.window) // self._runtime.block_size)
+
+    def reserve(self, state: LayerState, tokens: int) -> None:
+        """Reserves what sealing will need once `tokens` more have been appended. Raises PoolFullError, nothing
+        reserved.
+        """
+        needed = [self.overflow(state.window.tokens + tokens)] + [0] * (len(self._tiers) - 1)
+        if self._allowed is not None:
+            room = max(0, self._allowed[state.layer_id] - len(state.tables[0]))
+            over = max(0, needed[0] - room)
+            needed[0] -= over
+            if self._runtime.budget.over_budget == "demote":
+                needed[1] = over
+        for pool, blocks in zip(self._tiers, needed, strict=True):
+            pool.check_free(blocks, f"request {state.request_id}, layer {state.layer_id}")
+        state.reserved = [pool.allocate(blocks) for pool, blocks in zip(self._tiers, needed, strict=True)]
+
+    def seal(self, state: LayerState) -> None:
+        """Seals every whole block that has left the window, into the memory reserved for it."""
+        count = self.overflow(state.window.tokens)
+        if not count:
+            return
+        blocks = self._encode(state.window.take(count * self._runtime.block_size), state.sealed_end)
+        reserved, state.reserved = state.reserved, []
+        if len(reserved[0]) == count:
+            self._place(state, 0, blocks, reserved[0])
+        elif count == 1:
+            self._displace_one(state, blocks, reserved)
+        else:
+            self._displace(state, blocks, reserved)
+        self._streamer.sealed(state.request_id, state.layer_id, state.sealed_end, blocks.encoded, blocks.label)
+        state.sealed_end += count * self._runtime.block_size
+
+    def _encode(self, raw: RawTokens, start: int) -> _Blocks:
+        size = self._runtime.block_size
+        count = raw.tokens // size
+        k, v = (x.unflatten(1, (count, size)).transpose(0, 1) for x in (raw.k, raw.v))
+        starts = torch.arange(start, start + raw.tokens, size, device=k.device)
+        importance = None if raw.importance is None else raw.importance.unflatten(0, (count, size))
+        return _Blocks(self._compressor.encode(k, v), starts, self._label(raw, count), importance)
+
+    def _label(self, raw: RawTokens, count: int) -> Tensor:
+        """The expert with the largest gate weight summed over each block's tokens; 0 where nothing was observed."""
+        votes = raw.weights.new_zeros(count, max(1, self._model.num_experts))
+        votes.scatter_add_(1, raw.expert_ids.reshape(count, -1), raw.weights.reshape(count, -1))
+        return votes.argmax(1)
+
+    def _place(self, state: LayerState, tier: int, blocks: _Blocks, ids: list[int]) -> None:
+        """Writes new blocks to `ids` of a tier and enters them in the request's table."""
+        table = state.tables[tier]
+        first = len(table)
+        table.extend(ids)
+        blocks.write(table.pool, table.tensor[first:])
+
+    def _displace_one(self, state: LayerState, block: _Blocks, reserved: list[list[int]]) -> None:
+        """Decode, over budget: the block takes the place of the layer's least important one."""
+        device = state.tables[0]
+        demote = self._runtime.budget.over_budget == "demote"
+        if not len(device):  # no sealed block is allowed here at all
+            if demote:
+                self._place(state, 1, block, reserved[1])
+        else:
+            assert device.pool.importance is not None
+            ids = device.tensor
+            victim = ids[budget.least_important(device.pool.importance.index_select(0, ids), 1)]
+            if demote:
+                below = state.tables[1]
+                below.extend(reserved[1])
+                below.pool.copy_from(below.tensor[-1:], device.pool, victim)
+            block.write(device.pool, victim)
+        state.demoted += demote
+        state.dropped += not demote
+
+    def _displace(self, state: LayerState, blocks: _Blocks, reserved: list[list[int]]) -> None:
+        """Prefill, over budget: old and new blocks compete; the least important ones leave or are never written."""
+        device, held = state.tables[0], list(state.tables[0].ids)
+        pool, count = device.pool, len(blocks.start)
+        assert pool.importance is not None and blocks.importance is not None
+        over = count - len(reserved[0])
+        competing = torch.cat([pool.importance.index_select(0, device.tensor), blocks.importance])
+        losers = budget.least_important(competing, over).tolist()
+        old = [held[i] for i in losers if i < len(held)]
+        new_losers = torch.tensor(
+            sorted(i - len(held) for i in losers if i >= len(held)), dtype=torch.int64, device=pool.device
+        )
+        stays = torch.ones(count, dtype=torch.bool, device=pool.device)
+        stays[new_losers] = False
+        if self._runtime.budget.over_budget == "demote":
+            below = state.tables[1]
+            first = len(below)
+            below.extend(reserved[1])
+            moved = below.tensor[first : first + len(old)]
+            if old:
+                below.pool.copy_from(moved, pool, torch.tensor(old, device=pool.device))
+            blocks.pick(new_losers).write(below.pool, below.tensor[first + len(old) :])
+            state.demoted += over
+        else:
+            state.dropped += over
+        device.remove(set(old))
+        self._place(state, 0, blocks.pick(stays.nonzero().flatten()), old + reserved[0])

@@ -1,0 +1,219 @@
+"""Selection: which sealed tokens one decode query attends to, and how much of its softmax the others would have had.
+
+Everything is read from what blocks store anyway. Blocks are scored by their bounds (Quest, arXiv 2406.10774, or half
+of that bound plus half of the centre's logit), tokens by the high bit-plane of their keys. Per call a handful of
+tensor ops over all tokens; nothing is copied to the host. Shapes as in `ops.reference`: G KV heads, R query rows per
+KV head (one decode token: heads_per_group).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pikv_megatron import ops
+from pikv_megatron.config import AttentionConfig
+
+
+class Source(NamedTuple):
+    """Sealed blocks of one request in one tier: pool tensors and block ids [n]."""
+
+    keys: ops.Keys
+    values: ops.Values
+    block_ids: Tensor
+    block_size: int
+
+
+class Reading(NamedTuple):
+    """What a selective read gives.
+
+    partials: attention over the tokens read, one per source. estimate, certificate: [G, R] float32, the share of each
+    query head's softmax that unread tokens would have had: expected, and never exceeded. tokens_read: [G]. scores:
+    the token scores, one per source, where every sealed token was scored, else None.
+    """
+
+    partials: list[ops.Partial]
+    estimate: Tensor
+    certificate: Tensor
+    tokens_read: Tensor
+    scores: list[ops.TokenScores] | None
+
+
+class _Kept(NamedTuple):
+    """Blocks that survive pruning, per KV head [G, kept], and log-sum-exp of the others' logits [G, R]: expected and
+    largest.
+    """
+
+    block_ids: Tensor
+    rest_estimate: Tensor
+    rest_certificate: Tensor
+
+
+def count_of(fraction: float, total: int) -> int:
+    """How many of `total` a fraction stands for: rounded up, at least one."""
+    return max(1, math.ceil(fraction * total - 1e-9))
+
+
+def read_selected(
+    q: Tensor, sources: list[Source], raw_lse: Tensor, config: AttentionConfig, softmax_scale: float
+) -> Reading:
+    """Attends to the best sealed tokens.
+
+    Args:
+        q: [G, R, D], one decode token. sources: at least one, none empty.
+        raw_lse: [G, R], log-sum-exp over the raw tokens (sinks and window), which are always read.
+    """
+    if config.mode == "mass":
+        return _read_mass(q, sources, raw_lse, config, softmax_scale)
+    if config.score == "quest":
+        return _read_blocks(q, sources, raw_lse, config.read_fraction, softmax_scale)
+    return _read_top_k(q, sources, raw_lse, config, softmax_scale)
+
+
+def _read_blocks(q: Tensor, sources: list[Source], raw_lse: Tensor, fraction: float, softmax_scale: float) -> Reading:
+    """Quest: whole blocks by their bounds."""
+    kept = [_prune(q, source, fraction, softmax_scale, quest=True) for source in sources]
+    partials = [_attend_whole(q, s, found.block_ids, softmax_scale) for s, found in zip(sources, kept, strict=True)]
+    read_lse = _read_lse(partials, raw_lse)
+    estimate, certificate = (torch.sigmoid(lse - read_lse) for lse in _rest(kept))
+    tokens = sum(found.block_ids.shape[1] * s.block_size for s, found in zip(sources, kept, strict=True))
+    return Reading(partials, estimate, certificate, _constant(tokens, q), None)
+
+
+def _read_top_k(
+    q: Tensor, sources: list[Source], raw_lse: Tensor, config: AttentionConfig, softmax_scale: float
+) -> Reading:
+    """The read_fraction of all sealed tokens that rank highest by their high plane, in the blocks left by pruning."""
+    whole = config.prune_fraction >= 1.0
+    kept = [_prune(q, source, config.prune_fraction, softmax_scale, quest=False) for source in sources]
+    scores = [
+        ops.score_tokens(q, source.keys, source.block_ids if whole else found.block_ids, softmax_scale)
+        for source, found in zip(sources, kept, strict=True)
+    ]
+    joined = _join(scores)
+    coarse = joined.coarse.flatten(2)
+    total = sum(len(source.block_ids) * source.block_size for source in sources)
+    count = min(count_of(config.read_fraction, total), coarse.shape[-1])
+    index = rank(coarse, raw_lse).topk(count, dim=-1).indices
+
+    partials, first = [], 0
+    for source, found in zip(sources, kept, strict=True):
+        last = first + found.block_ids.shape[1] * source.block_size
+        here = None if len(sources) == 1 else (index >= first) & (index < last)
+        local = index if here is None else (index - first).clamp(0, last - first - 1)
+        block_ids = found.block_ids.gather(1, local // source.block_size)
+        offsets = local % source.block_size
+        partials.append(ops.attend_tokens(q, source.keys, source.values, block_ids, offsets, softmax_scale, here))
+        first = last
+
+    unread = torch.ones_like(coarse[:, 0], dtype=torch.bool).scatter_(1, index, False)
+    estimate, certificate = _missed(joined, unread, _rest(kept), _read_lse(partials, raw_lse))
+    return Reading(partials, estimate, certificate, _constant(count, q), scores if whole else None)
+
+
+def _read_mass(
+    q: Tensor, sources: list[Source], raw_lse: Tensor, config: AttentionConfig, softmax_scale: float
+) -> Reading:
+    """Tokens in rank order until no query head of the group misses more than epsilon.
+
+    What has been read is known exactly; what has not is taken at its expected or at its largest possible mass. The
+    same set is found by reading token after token; here all are computed and the rest is masked, so that nothing
+    waits for the device.
+    """
+    scores = [ops.score_tokens(q, s.keys, s.block_ids, softmax_scale) for s in sources]
+    logits = [ops.key_logits(q, s.keys, s.block_ids, softmax_scale) for s in sources]
+    joined = _join(scores)
+    coarse = joined.coarse.flatten(2)
+    extra = joined.radius if config.epsilon_by == "certificate" else joined.spread
+    if_unread, if_read = (joined.coarse + extra.unsqueeze(-1)).flatten(2), torch.cat(logits, -1)
+    order = rank(coarse, raw_lse).sort(dim=-1, descending=True).indices
+    index = order.unsqueeze(1).expand_as(coarse)
+    top = torch.maximum(torch.maximum(if_unread.amax(-1), if_read.amax(-1)), raw_lse).unsqueeze(-1)
+    unread_mass = (if_unread - top).exp_().gather(-1, index).double()
+    read_mass = (if_read - top).exp_().gather(-1, index).double()
+    after = unread_mass.flip(-1).cumsum_(-1).flip(-1)  # missed if reading stops before this token
+    before = read_mass.cumsum(-1) - read_mass + (raw_lse.unsqueeze(-1) - top).exp_()
+    needed = (after > config.epsilon * (after + before)).any(1)
+    read = torch.zeros_like(needed).scatter_(1, order, needed)
+
+    parts = zip(sources, logits, read.split([x.shape[-1] for x in logits], dim=-1), strict=True)
+    partials = [ops.attend_masked(x, mine, source.values, source.block_ids) for source, x, mine in parts]
+    nothing = torch.full_like(raw_lse, -math.inf)
+    estimate, certificate = _missed(joined, ~read, [nothing, nothing], _read_lse(partials, raw_lse))
+    return Reading(partials, estimate, certificate, read.sum(-1), scores)
+
+
+def rank(coarse: Tensor, raw_lse: Tensor) -> Tensor:
+    """A token's expected attention summed over the query heads of its group: [G, tokens].
+
+    Args:
+        coarse: [G, R, tokens] logits from the high plane. raw_lse: [G, R] log-sum-exp of the raw tokens' logits, so
+            that a head that looks at its window has little say in what is read.
+    """
+    total = torch.logaddexp(torch.logsumexp(coarse, -1), raw_lse)
+    return (coarse - total.unsqueeze(-1)).exp_().sum(1)
+
+
+def _constant(tokens: int, q: Tensor) -> Tensor:
+    return torch.full((q.shape[0],), tokens, dtype=torch.int64, device=q.device)
+
+
+def _prune(q: Tensor, source: Source, fraction: float, softmax_scale: float, quest: bool) -> _Kept:
+    """Keeps the best `fraction` of a source's blocks, per KV head.
+
+    Quest ranks by its bound, summed over the query heads of a group; we rank by the softmax over blocks of the mean
+    of bound and centre, summed over the group.
+    """
+    groups, rows, _ = q.shape
+    nothing = q.new_full((groups, rows), -math.inf, dtype=torch.float32)
+    if fraction >= 1.0:
+        return _Kept(source.block_ids.expand(groups, -1), nothing, nothing)
+    keys = source.keys
+    assert keys.scale is not None and keys.zero is not None
+    scale, zero = keys.scale.index_select(0, source.block_ids), keys.zero.index_select(0, source.block_ids)
+    lower, upper = ops.block_bounds(scale, zero, keys.hi_bits + keys.lo_bits)
+    bound, centre = ops.score_blocks(q, lower, upper, softmax_scale)
+    ranked = bound.sum(1) if quest else (0.5 * (bound + centre)).softmax(-1).sum(1)
+    chosen = ranked.topk(count_of(fraction, ranked.shape[-1]), dim=-1).indices
+    pruned = torch.ones_like(ranked, dtype=torch.bool).scatter_(1, chosen, False).unsqueeze(1)
+    # A key taken as uniform in its block's box has variance reach^2 / 3 per channel; the bound holds whatever it is.
+    variance = torch.matmul(q.float() ** 2, (upper - lower).square_().div_(12).permute(1, 2, 0)) * softmax_scale**2
+    expected = torch.minimum(centre + 0.5 * variance, bound)
+    rest = [
+        torch.logsumexp(logits.masked_fill(~pruned, -math.inf), -1) + math.log(source.block_size)
+        for logits in (expected, bound)
+    ]
+    return _Kept(source.block_ids[chosen], *rest)
+
+
+def _attend_whole(q: Tensor, source: Source, block_ids: Tensor, softmax_scale: float) -> ops.Partial:
+    """Attention over every token of the blocks block_ids [G, n]."""
+    offsets = torch.arange(source.block_size, device=q.device).repeat(block_ids.shape[1]).expand(block_ids.shape[0], -1)
+    tokens = block_ids.repeat_interleave(source.block_size, 1)
+    return ops.attend_tokens(q, source.keys, source.values, tokens, offsets, softmax_scale)
+
+
+def _join(scores: list[ops.TokenScores]) -> ops.TokenScores:
+    return ops.TokenScores(*(torch.cat(list(part), dim=2) for part in zip(*scores, strict=True)))
+
+
+def _rest(kept: list[_Kept]) -> list[Tensor]:
+    """Log-sum-exp over all pruned blocks: expected and largest, [G, R] each."""
+    parts = ([k.rest_estimate for k in kept], [k.rest_certificate for k in kept])
+    return [torch.logsumexp(torch.stack(part), 0) for part in parts]
+
+
+def _read_lse(partials: list[ops.Partial], raw_lse: Tensor) -> Tensor:
+    return torch.logsumexp(torch.stack([raw_lse, *(p.lse for p in partials)]), 0)
+
+
+def _missed(scores: ops.TokenScores, unread: Tensor, rest: list[Tensor], read_lse: Tensor) -> list[Tensor]:
+    """Softmax share of what was not read, expected and largest: unread [G, tokens] bool, rest and read_lse [G, R]."""
+    shares = []
+    for extra, rest_lse in zip((scores.spread, scores.radius), rest, strict=True):
+        logits = (scores.coarse + extra.unsqueeze(-1)).flatten(2).masked_fill(~unread.unsqueeze(1), -math.inf)
+        shares.append(torch.sigmoid(torch.logaddexp(torch.logsumexp(logits, -1), rest_lse) - read_lse))
+    return shares

@@ -1,0 +1,1 @@
+"""Sharding over the expert-parallel group: who owns a block."""

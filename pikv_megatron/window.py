@@ -1,0 +1,173 @@
+"""The raw tokens of a layer: sinks, window, and what has not been sealed yet, in the model's dtype on the request's
+home rank.
+
+`WindowBuffer` is one layer's memory for all request slots, allocated once. `LayerWindow` is one request's part of it.
+A buffer holds sinks + window + block_size tokens: in decode a token is written in place, and when block_size tokens
+have left the window they are taken off its front. A prompt chunk that does not fit waits beside the buffer, whole,
+until it has been attended to and labelled, since its own attention reads raw K/V; it is gone once its blocks are
+sealed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pikv_megatron.config import ModelConfig, RuntimeConfig
+
+
+class RawTokens(NamedTuple):
+    """Raw tokens of one layer of one request, oldest first.
+
+    k: [num_query_groups, tokens, head_dim], v: the same with v_head_dim; expert_ids (int64), weights (float32):
+    [tokens, topk];
+    importance: [tokens] float32, or None where no budget asks for it.
+    """
+
+    k: Tensor
+    v: Tensor
+    expert_ids: Tensor
+    weights: Tensor
+    importance: Tensor | None
+
+    def slice(self, first: int, last: int) -> RawTokens:
+        importance = None if self.importance is None else self.importance[first:last]
+        return RawTokens(
+            self.k[:, first:last],
+            self.v[:, first:last],
+            self.expert_ids[first:last],
+            self.weights[first:last],
+            importance,
+        )
+
+    def copy_(self, other: RawTokens) -> None:
+        """Takes over the values of `other`, which has as many tokens."""
+        for mine, theirs in zip(self, other, strict=True):
+            if mine is not None and theirs is not None:
+                mine.copy_(theirs)
+
+    def clone(self) -> RawTokens:
+        return RawTokens(*(None if t is None else t.clone() for t in self))  # type: ignore[arg-type]
+
+    @property
+    def tokens(self) -> int:
+        return self.k.shape[1]
+
+
+def concatenate(parts: list[RawTokens]) -> RawTokens:
+    """Joins runs of tokens, oldest first."""
+    importance = None if parts[0].importance is None else torch.cat([p.importance for p in parts])  # type: ignore[misc]
+    return RawTokens(
+        torch.cat([p.k for p in parts], 1),
+        torch.cat([p.v for p in parts], 1),
+        torch.cat([p.expert_ids for p in parts]),
+        torch.cat([p.weights for p in parts]),
+        importance,
+    )
+
+
+class WindowBuffer:
+    """Raw-token memory of one layer: a slot per live request."""
+
+    def __init__(self, model: ModelConfig, runtime: RuntimeConfig) -> None:
+        device, slots = runtime.torch_device, runtime.max_requests
+        self.capacity = runtime.sinks + runtime.window + runtime.block_size
+        shape = (slots, model.num_query_groups, self.capacity)
+        self.k = torch.zeros(*shape, model.head_dim, dtype=model.torch_dtype, device=device)
+        self.v = torch.zeros(*shape, model.value_dim, dtype=model.torch_dtype, device=device)
+        topk = model.topk if model.num_experts else 1
+        self.expert_ids = torch.zeros(slots, self.capacity, topk, dtype=torch.int64, device=device)
+        self.weights = torch.zeros(slots, self.capacity, topk, device=device)
+        keep_importance = runtime.budget.policy != "none"
+        self.importance = torch.zeros(slots, self.capacity, device=device) if keep_importance else None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"k": self.k, "v": self.v, "expert_ids": self.expert_ids, "weights": self.weights}
+        return named if self.importance is None else {**named, "importance": self.importance}
+
+    def slot(self, index: int) -> RawTokens:
+        importance = None if self.importance is None else self.importance[index]
+        return RawTokens(self.k[index], self.v[index], self.expert_ids[index], self.weights[index], importance)
+
+
+class LayerWindow:
+    """One request's raw tokens in one layer. `tokens` counts them, waiting ones included."""
+
+    def __init__(self, buffer: WindowBuffer, slot: int, sinks: int) -> None:
+        self._slot = buffer.slot(slot)
+        self._capacity, self._sinks = buffer.capacity, sinks
+        self._in_buffer = 0
+        self._waiting: RawTokens | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self._in_buffer + (0 if self._waiting is None else self._waiting.tokens)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of a prompt chunk that waits to be sealed."""
+        return 0 if self._waiting is None else sum(t.untyped_storage().nbytes() for t in self._waiting if t is not None)
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Adds k, v [tokens, num_query_groups, channels]; nothing may be waiting. Expert 0, weight 0 for now."""
+        assert self._waiting is None
+        count = k.shape[0]
+        if self._in_buffer + count <= self._capacity:
+            new = self._slot.slice(self._in_buffer, self._in_buffer + count)
+            self._in_buffer += count
+        else:
+            groups, topk = k.shape[1], self._slot.expert_ids.shape[1]
+            new = RawTokens(
+                k.new_empty(groups, count, k.shape[2]),
+                v.new_empty(groups, count, v.shape[2]),
+                self._slot.expert_ids.new_empty(count, topk),
+                self._slot.weights.new_empty(count, topk),
+                None if self._slot.importance is None else self._slot.importance.new_empty(count),
+            )
+            self._waiting = new
+        new.k.copy_(k.transpose(0, 1))
+        new.v.copy_(v.transpose(0, 1))
+        new.expert_ids.zero_()
+        new.weights.zero_()
+        if new.importance is not None:
+            new.importance.zero_()
+
+    def read(self) -> RawTokens:
+        """All raw tokens, oldest first: a view of the buffer, or a copy where a chunk waits."""
+        held = self._slot.slice(0, self._in_buffer)
+        return held if self._waiting is None else concatenate([held, self._waiting])
+
+    def label_newest(self, expert_ids: Tensor, weights: Tensor) -> None:
+        """Labels the newest tokens with expert_ids and weights [tokens, topk]; needs at most `tokens` of them."""
+        count = expert_ids.shape[0]
+        waiting = 0 if self._waiting is None else self._waiting.tokens
+        late = min(count, waiting)
+        if late and self._waiting is not None:
+            self._waiting.expert_ids[waiting - late :].copy_(expert_ids[count - late :])
+            self._waiting.weights[waiting - late :].copy_(weights[count - late :])
+        early = count - late
+        if early:
+            self._slot.expert_ids[self._in_buffer - early : self._in_buffer].copy_(expert_ids[:early])
+            self._slot.weights[self._in_buffer - early : self._in_buffer].copy_(weights[:early])
+
+    def add_importance(self, importance: Tensor) -> None:
+        """Adds importance [tokens] to that of all raw tokens, oldest first."""
+        assert self._slot.importance is not None
+        self._slot.importance[: self._in_buffer] += importance[: self._in_buffer]
+        if self._waiting is not None and self._waiting.importance is not None:
+            self._waiting.importance.add_(importance[self._in_buffer :])
+
+    def take(self, tokens: int) -> RawTokens:
+        """Takes the oldest `tokens` tokens after the sinks off the window; what stays fits the buffer again."""
+        everything = (
+            self.read().clone() if self._waiting is None else self.read()
+        )  # a copy either way: the buffer is rewritten
+        first = self._sinks + tokens
+        kept = everything.tokens - tokens
+        self._slot.slice(0, min(self._sinks, kept)).copy_(everything.slice(0, min(self._sinks, kept)))
+        self._slot.slice(self._sinks, kept).copy_(everything.slice(first, everything.tokens))
+        self._in_buffer, self._waiting = kept, None
+        return everything.slice(self._sinks, first)
