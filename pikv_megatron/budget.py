@@ -54,7 +54,7 @@ def layer_budgets(model: ModelConfig, runtime: RuntimeConfig) -> list[int] | Non
     for layer_id, count in enumerate(tokens):
         if count < floor:
             raise ConfigError(
-                f"budget ({what}): layer {layer_id} would get {count} tokens, "
+                f"runtime.budget ({what}): layer {layer_id} would get {count} tokens, "
                 f"expected at least sinks + window = {floor}"
             )
     return tokens

@@ -6,9 +6,8 @@ when they leave it, `selection` and `ops` to attend. What a stage measures is ga
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -67,20 +66,20 @@ class PiKVCache:
     """A sharded, compressed, selectively read KV cache for one rank's layers.
 
     Args:
-        model: ModelConfig, dict or YAML path; a file or dict with a section `model` may hold the runtime's keys too.
-        runtime: RuntimeConfig, dict or YAML path; None takes what came with `model`, else the defaults.
+        model: ModelConfig, dict of its keys, or YAML path; a file (or dict) has the sections `model` and `runtime`.
+        runtime: RuntimeConfig, dict of its keys, or YAML path; None takes what came with `model`, else the defaults.
 
     Raises:
         ConfigError: a config that cannot be used, naming the key.
 
-    All methods are for one thread. Requests are ints of the caller's choosing; the first append creates one,
-    `release` ends it.
+    All methods are for one thread, and no gradient flows through them. Requests are ints of the caller's choosing; the
+    first append creates one, `release` ends it.
     """
 
     def __init__(
         self,
-        model: configs.ModelConfig | Mapping[str, Any] | str | Path,
-        runtime: configs.RuntimeConfig | Mapping[str, Any] | str | Path | None = None,
+        model: configs.ModelConfig | configs.Source,
+        runtime: configs.RuntimeConfig | configs.Source | None = None,
     ) -> None:
         self.model, self.runtime = configs.resolve(model, runtime)
         self.compressor = Compressor(self.model, self.runtime)
@@ -97,6 +96,7 @@ class PiKVCache:
 
     # ---- writing
 
+    @torch.no_grad()
     def append(self, layer_id: int, k: Tensor, v: Tensor, request_id: int = 0, start: int | None = None) -> None:
         """Adds the next tokens of a request to a layer; the first append of a request creates it.
 
@@ -109,6 +109,7 @@ class PiKVCache:
                 has changed then.
         """
         checks.check_layer(layer_id, self.model)
+        checks.check_request_id(request_id)
         tokens = checks.check_kv(k, v, self.model, self.runtime, self.compressor.largest)
         request = self._requests.get(request_id)
         checks.check_start(start, request.layers[layer_id].length if request else 0, request_id, layer_id)
@@ -116,9 +117,8 @@ class PiKVCache:
         if request is None:
             request = self._create(request_id)
         state = request.layers[layer_id]
-        self._sealer.seal(state)
         try:
-            self._sealer.reserve(state, tokens)
+            self._sealer.make_room(state, tokens)
         except PoolFullError:
             if created:
                 self.release(request_id)
@@ -153,12 +153,13 @@ class PiKVCache:
             return
         ids = torch.as_tensor(expert_ids, device=k.device)
         ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
-        weights = torch.full(ids.shape, 1.0 / ids.shape[-1], device=k.device)
-        if checks.check_routing(ids, weights, self.model, tokens) != tokens:
+        weights = torch.full(ids.shape, 1.0 / self.model.topk, device=k.device)
+        if checks.check_routing(ids, weights, self.model, self.runtime.torch_device, tokens) != tokens:
             raise ValueError(f"expert_ids: expected experts of all {tokens} tokens, got {ids.shape[0]}")
         self.append(layer_id, k, v, request_id, start)
         self.observe_routing(layer_id, ids, weights, request_id)
 
+    @torch.no_grad()
     def observe_routing(self, layer_id: int, expert_ids: Tensor, weights: Tensor, request_id: int = 0) -> None:
         """Tells which experts the newest tokens of a layer went to; then seals what has left the window.
 
@@ -168,7 +169,7 @@ class PiKVCache:
         Dense layers after an MoE layer inherit its routing for the same tokens.
         """
         request, state = self._state(layer_id, request_id)
-        tokens = checks.check_routing(expert_ids, weights, self.model, state.window.tokens)
+        tokens = checks.check_routing(expert_ids, weights, self.model, self.runtime.torch_device, state.window.tokens)
         state.window.label_newest(expert_ids, weights)
         if self.model.moe_layers is not None:
             request.routing[layer_id] = (
@@ -202,6 +203,7 @@ class PiKVCache:
         result = self.attend_measured(layer_id, q, request_id)
         return result.out, result.lse
 
+    @torch.no_grad()
     def attend_measured(self, layer_id: int, q: Tensor, request_id: int = 0) -> AttendResult:
         """`attend`, with the missed mass beside the output. One query token follows attention.mode; several read
         everything.
@@ -215,10 +217,11 @@ class PiKVCache:
             raise ValueError(
                 f"q: request {request_id}, layer {layer_id} has {state.length} tokens, got queries of {tokens}"
             )
+        checks.check_finite("q", q, self.runtime, torch.finfo(q.dtype).max)
         rows = group_rows(q, model.num_query_groups)
         oldest_query = state.length - tokens
         sealed = [table for table in state.tables if len(table)]
-        if sealed and oldest_query < state.sealed_end:
+        if self.runtime.sinks < state.sealed_end and oldest_query < state.sealed_end:
             merged, missed = self._attend_sealed_queries(state, rows, tokens, sealed), None
         else:
             raw = state.window.read()
@@ -280,8 +283,6 @@ class PiKVCache:
     # ---- inside
 
     def _create(self, request_id: int) -> _Request:
-        if isinstance(request_id, bool) or not isinstance(request_id, int):
-            raise TypeError(f"request_id: expected an int, got {request_id!r}")
         if not self._free_slots:
             raise RuntimeError(
                 f"max_requests: all {self.runtime.max_requests} are live, no room for request {request_id}"
@@ -301,8 +302,9 @@ class PiKVCache:
         return self._requests[request_id]
 
     def _request(self, request_id: int) -> _Request:
+        checks.check_request_id(request_id)
         if request_id not in self._requests:
-            raise checks.UnknownRequestError(f"request {request_id!r} does not exist; live requests: {self.requests()}")
+            raise checks.UnknownRequestError(f"request {request_id} does not exist; live requests: {self.requests()}")
         return self._requests[request_id]
 
     def _state(self, layer_id: int, request_id: int) -> tuple[_Request, LayerState]:

@@ -27,6 +27,12 @@ def check_layer(layer_id: int, model: ModelConfig) -> None:
         raise IndexError(f"layer_id: expected 0 .. {model.num_layers - 1}, got {layer_id}")
 
 
+def check_request_id(request_id: int) -> None:
+    """Checks that request_id is an int (it need not be live)."""
+    if isinstance(request_id, bool) or not isinstance(request_id, int):
+        raise TypeError(f"request_id: expected an int, got {request_id!r}")
+
+
 def check_tensor(name: str, x: Tensor, tail: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> int:
     """Checks x: [tokens, *tail]; returns tokens (at least 1)."""
     if not isinstance(x, Tensor):
@@ -48,13 +54,18 @@ def check_kv(k: Tensor, v: Tensor, model: ModelConfig, runtime: RuntimeConfig, l
     values = check_tensor("v", v, (model.num_query_groups, model.value_dim), model.torch_dtype, device)
     if tokens != values:
         raise ValueError(f"v: expected as many tokens as k ({tokens}), got {values}")
-    mode = runtime.check_finite
-    if mode == "always" or (mode == "auto" and (device.type == "cpu" or tokens > 1)):
-        for name, x in (("k", k), ("v", v)):
-            seen = _magnitude(x)
-            if not seen <= largest:
-                raise ValueError(f"{name}: expected finite values of magnitude at most {largest:g}, got {seen:g}")
+    check_finite("k", k, runtime, largest)
+    check_finite("v", v, runtime, largest)
     return tokens
+
+
+def check_finite(name: str, x: Tensor, runtime: RuntimeConfig, largest: float) -> None:
+    """Checks that x [tokens, ...] is finite and at most `largest` in magnitude, where runtime.check_finite asks."""
+    mode = runtime.check_finite
+    if mode == "always" or (mode == "auto" and (x.device.type == "cpu" or x.shape[0] > 1)):
+        seen = _magnitude(x)
+        if not seen <= largest:
+            raise ValueError(f"{name}: expected finite values of magnitude at most {largest:g}, got {seen:g}")
 
 
 def _magnitude(x: Tensor) -> float:
@@ -98,17 +109,21 @@ def first_position(token_id: int | Sequence[int] | Tensor, tokens: int) -> int:
     return positions[0]
 
 
-def check_routing(expert_ids: Tensor, weights: Tensor, model: ModelConfig, unsealed: int) -> int:
+def check_routing(expert_ids: Tensor, weights: Tensor, model: ModelConfig, device: torch.device, unsealed: int) -> int:
     """Checks expert_ids and weights: [tokens, topk], of at most `unsealed` tokens; returns tokens."""
     if not model.num_experts:
         raise ValueError("expert_ids: expected no routing, the model has num_experts 0")
     for name, x in (("expert_ids", expert_ids), ("weights", weights)):
         if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != model.topk or x.shape[0] < 1:
-            raise ValueError(f"{name}: expected a tensor [tokens, {model.topk}], got {getattr(x, 'shape', x)}")
+            raise ValueError(f"{name}: expected a tensor [tokens, {model.topk}], got {_shape(x)}")
+        if x.device.type != device.type:
+            raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
     if expert_ids.shape != weights.shape:
         raise ValueError(f"weights: expected shape {list(expert_ids.shape)} like expert_ids, got {list(weights.shape)}")
     if expert_ids.dtype.is_floating_point or expert_ids.dtype == torch.bool:
         raise TypeError(f"expert_ids: expected integers, got {expert_ids.dtype}")
+    if not weights.dtype.is_floating_point:
+        raise TypeError(f"weights: expected floats, got {weights.dtype}")
     if expert_ids.shape[0] > unsealed:
         raise ValueError(
             f"expert_ids: expected at most the {unsealed} tokens that are not sealed yet, got {expert_ids.shape[0]}"
@@ -117,4 +132,10 @@ def check_routing(expert_ids: Tensor, weights: Tensor, model: ModelConfig, unsea
         low, high = (int(x.numpy()) for x in torch.aminmax(expert_ids))
         if low < 0 or high >= model.num_experts:
             raise ValueError(f"expert_ids: expected 0 .. {model.num_experts - 1}, got {low if low < 0 else high}")
+        if not _magnitude(weights) < float("inf"):
+            raise ValueError(f"weights: expected finite values, got {_magnitude(weights):g}")
     return expert_ids.shape[0]
+
+
+def _shape(x: object) -> object:
+    return list(x.shape) if isinstance(x, Tensor) else x

@@ -108,7 +108,12 @@ class Compressor:
             v = values.raw
         else:
             v = ops.dequantize_block(values.codes, None, values.scale, values.zero, values.bits, 0, per_channel=False)
-        return k.to(self.model.torch_dtype), v.to(self.model.torch_dtype)
+        return self._as_model(k), self._as_model(v)
+
+    def _as_model(self, x: Tensor) -> Tensor:
+        """x in the model's dtype. Near float16's largest number a code may stand for one above it, by half a step."""
+        dtype = self.model.torch_dtype
+        return x.clamp(-FP16_MAX, FP16_MAX).to(dtype) if dtype == torch.float16 else x.to(dtype)
 
     def keys(self, stored: Mapping[str, Tensor]) -> ops.Keys:
         """The stored keys as the ops take them."""

@@ -11,27 +11,30 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 
-from pikv_megatron.config_io import ConfigError, from_mapping, read_yaml, to_mapping, to_yaml
+from pikv_megatron.config_io import ConfigError, check_fields, from_mapping, read_yaml, to_mapping, to_yaml
+from pikv_megatron.config_sections import (
+    AttentionConfig,
+    BudgetConfig,
+    CodecConfig,
+    OverlapConfig,
+    RouterConfig,
+    ShardingConfig,
+    StreamerConfig,
+    TierConfig,
+    at_least,
+    within,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CODE_BITS = {"none": 0, "int8": 8, "int4": 4, "int2": 2}
-
-
-def _at_least(owner: str, name: str, value: float, low: float) -> None:
-    if value < low:
-        raise ConfigError(f"{owner}{name}: expected at least {low}, got {value}")
-
-
-def _within(owner: str, name: str, value: float, low: float, high: float) -> None:
-    if not low < value <= high:
-        raise ConfigError(f"{owner}{name}: expected a number in ({low}, {high}], got {value}")
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,9 @@ class ModelConfig:
     """Factor on q.k; None means head_dim ** -0.5."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "model")
         for name in ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim"):
-            _at_least("model.", name, getattr(self, name), 1)
+            at_least("model.", name, getattr(self, name), 1)
         if self.v_head_dim is None:
             object.__setattr__(self, "v_head_dim", self.head_dim)
         for name in ("head_dim", "v_head_dim"):
@@ -74,11 +78,11 @@ class ModelConfig:
                 f"model.num_query_groups: expected a divisor of num_attention_heads ({self.num_attention_heads}), "
                 f"got {self.num_query_groups}"
             )
-        _at_least("model.", "num_experts", self.num_experts, 0)
+        at_least("model.", "num_experts", self.num_experts, 0)
         if self.num_experts and not 1 <= self.topk <= self.num_experts:
             raise ConfigError(f"model.topk: expected 1 .. num_experts ({self.num_experts}), got {self.topk}")
         if self.softmax_scale is not None:
-            _within("model.", "softmax_scale", self.softmax_scale, 0.0, float("inf"))
+            within("model.", "softmax_scale", self.softmax_scale, 0.0, sys.float_info.max)
         for layer_id in self.moe_layers or ():
             if not 0 <= layer_id < self.num_layers:
                 raise ConfigError(f"model.moe_layers: expected ids in 0 .. {self.num_layers - 1}, got {layer_id}")
@@ -152,6 +156,9 @@ class ModelConfig:
             raise ConfigError(
                 "model: kv_lora_rank is set (MLA); give the expanded shapes (head_dim, v_head_dim) by hand"
             )
+        for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
+            if get(key) is None:
+                raise ConfigError(f"model: expected {key} in the Hugging Face config, it has none")
         heads, hidden = get("num_attention_heads"), get("hidden_size")
         experts = get("num_local_experts") or get("num_experts") or get("n_routed_experts") or 0
         return cls(
@@ -175,144 +182,6 @@ def _dtype_name(dtype: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
-    """What a decode step reads. A call with several query tokens (prefill) always reads everything."""
-
-    mode: Literal["exact", "top_k", "mass"] = "exact"
-    read_fraction: float = 0.125
-    """top_k: share of the sealed tokens that are attended to, beside sinks and window."""
-    prune_fraction: float = 1.0
-    """top_k with score planes: share of the blocks whose tokens are ranked; 1.0 ranks every token."""
-    score: Literal["planes", "quest"] = "planes"
-    """planes: tokens ranked by the high bit-plane of their keys. quest: whole blocks by Quest's bound (baseline)."""
-    epsilon: float = 0.05
-    """mass: tokens are read until the missed mass is at most this."""
-    epsilon_by: Literal["estimate", "certificate"] = "estimate"
-
-    def __post_init__(self) -> None:
-        for name in ("read_fraction", "prune_fraction", "epsilon"):
-            _within("attention.", name, getattr(self, name), 0.0, 1.0)
-        if self.mode == "mass" and self.score == "quest":
-            raise ConfigError("attention.score: mode mass ranks tokens, so it needs 'planes', got 'quest'")
-        if self.mode == "mass" and self.prune_fraction != 1.0:
-            raise ConfigError(
-                f"attention.prune_fraction: mode mass ranks every token, expected 1.0, got {self.prune_fraction}"
-            )
-
-
-@dataclass(frozen=True)
-class CodecConfig:
-    """How sealed blocks are stored."""
-
-    keys: Literal["none", "int8", "int4", "int2"] = "none"
-    values: Literal["none", "int8", "int4", "int2"] = "none"
-    rank: int = 0
-    """Rank of the low-rank part; 0 is off."""
-    basis: Literal["expert", "layer"] = "expert"
-    order: Literal["residual", "first"] = "residual"
-
-    def __post_init__(self) -> None:
-        if self.rank != 0:
-            raise ConfigError(f"codec.rank: the low-rank part is not in this version, expected 0, got {self.rank}")
-
-
-@dataclass(frozen=True)
-class BudgetConfig:
-    """How many tokens each layer may hold on the device (PyramidKV, arXiv 2406.02069)."""
-
-    policy: Literal["none", "uniform", "pyramid"] = "none"
-    first_layer_tokens: int | None = None
-    """C_1, the budget of the first layer."""
-    step: int | None = None
-    """d in C_i = C_1 - (i - 1) d."""
-    total_tokens: int | None = None
-    """Sum of C_i over the layers; instead of first_layer_tokens."""
-    over_budget: Literal["drop", "demote"] = "demote"
-    """What happens to the least important blocks: gone, or moved to the next tier."""
-    observation_window: int = 32
-    """Prefill queries whose attention seeds the importance of the prompt's tokens (SnapKV, arXiv 2404.14469)."""
-
-    def __post_init__(self) -> None:
-        _at_least("budget.", "observation_window", self.observation_window, 1)
-        if self.policy == "none":
-            for name in ("first_layer_tokens", "step", "total_tokens"):
-                if getattr(self, name) is not None:
-                    raise ConfigError(
-                        f"budget.{name}: is set but budget.policy is 'none'; expected 'uniform' or 'pyramid'"
-                    )
-            return
-        if (self.first_layer_tokens is None) == (self.total_tokens is None):
-            raise ConfigError(
-                "budget.first_layer_tokens, budget.total_tokens: expected exactly one of the two, "
-                f"got {self.first_layer_tokens} and {self.total_tokens}"
-            )
-        if self.policy == "uniform" and self.step is not None:
-            raise ConfigError(f"budget.step: policy uniform has no step, expected null, got {self.step}")
-        if self.policy == "pyramid" and self.first_layer_tokens is not None and self.step is None:
-            raise ConfigError("budget.step: a pyramid from first_layer_tokens needs a step, got null")
-        if self.step is not None:
-            _at_least("budget.", "step", self.step, 0)
-
-
-@dataclass(frozen=True)
-class RouterConfig:
-    """Latency-aware routing. This version observes the host's router and leaves it as it is (lambda 0)."""
-
-    lambda_: float = field(default=0.0, metadata={"key": "lambda"})
-    margin: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.lambda_ != 0.0:
-            raise ConfigError(
-                f"router.lambda: latency-aware routing is not in this version, expected 0.0, got {self.lambda_}"
-            )
-
-
-@dataclass(frozen=True)
-class ShardingConfig:
-    """How blocks are spread over the expert-parallel group."""
-
-    placement: Literal["expert", "position"] = "expert"
-    """Which rank of the expert-parallel group owns a sealed block: its expert's, or round robin by position."""
-
-
-@dataclass(frozen=True)
-class OverlapConfig:
-    """What happens while an all-to-all is in flight (PRESERVE, arXiv 2501.08192)."""
-
-    prefetch: Literal["auto", "off"] = "auto"
-    """auto prefetches from slower tiers where there are any to read from."""
-
-
-@dataclass(frozen=True)
-class TierConfig:
-    """One kind of memory that blocks can be in."""
-
-    kind: Literal["device", "host"] = "device"
-    bytes: int | None = None
-    """Capacity; None means room for max_tokens tokens of every layer."""
-
-    def __post_init__(self) -> None:
-        if self.bytes is not None:
-            _at_least("tiers.", "bytes", self.bytes, 1)
-
-
-@dataclass(frozen=True)
-class StreamerConfig:
-    """Streaming of sealed blocks to disk."""
-
-    path: str | None = None
-    """Directory of the segment log; None is off."""
-    commit_ms: float = 10.0
-
-    def __post_init__(self) -> None:
-        if self.path is not None:
-            raise ConfigError(
-                f"streamer.path: streaming to disk is not in this version, expected null, got {self.path!r}"
-            )
-
-
-@dataclass(frozen=True)
 class RuntimeConfig:
     """Everything that whoever serves the model may choose."""
 
@@ -332,16 +201,17 @@ class RuntimeConfig:
     """Refuse K/V that are not finite. auto: always on CPU; on a GPU only for prefill, where the check's sync is
     hidden.
     """
-    attention: AttentionConfig = AttentionConfig()
-    codec: CodecConfig = CodecConfig()
-    budget: BudgetConfig = BudgetConfig()
-    router: RouterConfig = RouterConfig()
-    sharding: ShardingConfig = ShardingConfig()
-    overlap: OverlapConfig = OverlapConfig()
-    tiers: tuple[TierConfig, ...] = (TierConfig(),)
-    streamer: StreamerConfig = StreamerConfig()
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
+    tiers: tuple[TierConfig, ...] = field(default_factory=lambda: (TierConfig(),))
+    streamer: StreamerConfig = field(default_factory=StreamerConfig)
 
     def __post_init__(self) -> None:
+        check_fields(self, "runtime")
         for name, low in (
             ("max_tokens", 1),
             ("max_requests", 1),
@@ -349,18 +219,21 @@ class RuntimeConfig:
             ("sinks", 0),
             ("block_size", 1),
         ):
-            _at_least("", name, getattr(self, name), low)
+            at_least("runtime.", name, getattr(self, name), low)
         kinds = [tier.kind for tier in self.tiers]
         if kinds not in (["device"], ["device", "host"]):
-            raise ConfigError(f"tiers: expected [device] or [device, host], fastest first, got {kinds}")
+            raise ConfigError(f"runtime.tiers: expected [device] or [device, host], fastest first, got {kinds}")
         if self.budget.policy != "none" and self.budget.over_budget == "demote" and len(kinds) == 1:
             raise ConfigError(
-                "budget.over_budget: 'demote' needs a tier below the device, got tiers [device]; add {kind: host}"
+                "runtime.budget.over_budget: 'demote' needs a tier below the device, got tiers [device]; "
+                "add {kind: host}"
             )
         try:
             self.torch_device  # noqa: B018 - a bad device string fails here, not at the first tensor
         except RuntimeError as error:
-            raise ConfigError(f"device: expected 'auto' or a torch device, got {self.device!r}") from error
+            raise ConfigError(f"runtime.device: expected 'auto' or a torch device, got {self.device!r}") from error
+        if self.torch_device.type == "meta":
+            raise ConfigError("runtime.device: expected a device that holds data, got 'meta'")
 
     @property
     def torch_device(self) -> torch.device:
@@ -375,21 +248,27 @@ class RuntimeConfig:
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> RuntimeConfig:
-        return from_mapping(cls, mapping, "")
+        return from_mapping(cls, mapping, "runtime")
 
     @classmethod
     def from_deepspeed(cls, config: Mapping[str, Any] | str | Path) -> RuntimeConfig:
-        """From a DeepSpeed config (dict or JSON file): its `"pikv"` block, same keys as the YAML."""
+        """From a DeepSpeed config (dict or JSON file): its `"pikv"` block, same sections as YAML."""
         whole = config if isinstance(config, Mapping) else json.loads(Path(config).read_text())
         if "pikv" not in whole:
             raise ConfigError(f"pikv: expected this block in the DeepSpeed config, got the keys {sorted(whole)}")
-        block = dict(whole["pikv"])
-        block.pop("model", None)
-        return cls.from_dict(block)
+        return from_mapping(_File, whole["pikv"], "pikv").runtime
+
+
+@dataclass(frozen=True)
+class _File:
+    """A whole configuration: what a YAML file, or a DeepSpeed config's `"pikv"` block, may hold."""
+
+    model: ModelConfig | None = None
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
 def load(source: Mapping[str, Any] | str | Path) -> tuple[ModelConfig | None, RuntimeConfig]:
-    """Reads one mapping or YAML file that holds both: the section `model` and, beside it, the runtime keys.
+    """Reads a mapping or a YAML file with the sections `model` and `runtime`, both optional.
 
     Returns:
         The model's config (None where the section is missing) and the runtime's.
@@ -398,37 +277,58 @@ def load(source: Mapping[str, Any] | str | Path) -> tuple[ModelConfig | None, Ru
         ConfigError: unknown key, wrong type or value out of range; the message names the key.
         FileNotFoundError: `source` names no file.
     """
-    mapping = dict(read_yaml(source) if not isinstance(source, Mapping) else source)
-    model = mapping.pop("model", None)
-    return (None if model is None else ModelConfig.from_dict(model)), RuntimeConfig.from_dict(mapping)
+    file = from_mapping(_File, source if isinstance(source, Mapping) else read_yaml(source), "")
+    return file.model, file.runtime
+
+
+Source = Mapping[str, Any] | str | Path
 
 
 def resolve(
-    model: ModelConfig | Mapping[str, Any] | str | Path | None,
-    runtime: RuntimeConfig | Mapping[str, Any] | str | Path | None,
+    model: ModelConfig | Source | None, runtime: RuntimeConfig | Source | None = None
 ) -> tuple[ModelConfig, RuntimeConfig]:
-    """Both configs from what a user passes: dataclass, dict or YAML path each, or one source that holds both."""
-    if isinstance(model, (str, Path)) or (isinstance(model, Mapping) and "model" in model):
-        file_model, file_runtime = load(model)
-        if file_model is None:
+    """Both configs from what a user passes.
+
+    Args:
+        model: dataclass, dict of its keys, or a YAML file (or dict) with the sections model and runtime.
+        runtime: likewise; None takes what came with `model`, else the defaults. If it has a section `model`, that must
+            be the same model.
+    """
+    if isinstance(model, (str, Path)) or _has_sections(model):
+        with_model, with_runtime = load(model)
+        if with_model is None:
             raise ConfigError(f"model: section missing in {model}")
-        model = file_model
-        runtime = file_runtime if runtime is None else runtime
-    if isinstance(model, Mapping):
+        model, runtime = with_model, with_runtime if runtime is None else runtime
+    elif isinstance(model, Mapping):
         model = ModelConfig.from_dict(model)
+    given = None
+    if isinstance(runtime, (str, Path)) or _has_sections(runtime):
+        given, runtime = load(runtime)
+    elif isinstance(runtime, Mapping):
+        runtime = RuntimeConfig.from_dict(runtime)
+    elif runtime is None:
+        runtime = RuntimeConfig()
     if not isinstance(model, ModelConfig):
         raise ConfigError(f"model: expected a ModelConfig, a dict or a YAML path, got {type(model).__name__}")
-    if isinstance(runtime, (str, Path)):
-        runtime = load(runtime)[1]
-    if isinstance(runtime, Mapping):
-        runtime = load(runtime)[1]
-    if runtime is None:
-        runtime = RuntimeConfig()
     if not isinstance(runtime, RuntimeConfig):
         raise ConfigError(f"runtime: expected a RuntimeConfig, a dict or a YAML path, got {type(runtime).__name__}")
+    if given is not None:
+        check_same_model(given, model)
     return model, runtime
+
+
+def check_same_model(given: ModelConfig, model: ModelConfig) -> None:
+    """Checks that a file's section `model` describes the model that the file is used for."""
+    names = [f.name for f in fields(ModelConfig) if getattr(given, f.name) != getattr(model, f.name)]
+    if names:
+        differs = ", ".join(f"{n}: {getattr(given, n)!r} here, {getattr(model, n)!r} in the model" for n in names)
+        raise ConfigError(f"config: its section model is for another model ({differs})")
+
+
+def _has_sections(source: object) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(source, Mapping) and ("model" in source or "runtime" in source)
 
 
 def dump(model: ModelConfig, runtime: RuntimeConfig) -> str:
     """The resolved configuration as YAML, every default written out; `load` reads it back to equal objects."""
-    return to_yaml({"model": to_mapping(model), **to_mapping(runtime)})
+    return to_yaml({"model": to_mapping(model), "runtime": to_mapping(runtime)})

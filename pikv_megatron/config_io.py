@@ -71,6 +71,18 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     return cls(**values)
 
 
+def check_fields(config: Any, where: str) -> None:
+    """For a dataclass's __post_init__: holds fields given by hand to the types that `from_mapping` asks for.
+
+    Args:
+        where: dotted name of the section, for error messages.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = _convert(getattr(config, field.name), hints[field.name], f"{where}.{_key(field)}")
+        object.__setattr__(config, field.name, value)
+
+
 def _key(field: dataclasses.Field[Any]) -> str:
     return field.metadata.get("key", field.name)
 

@@ -7,9 +7,6 @@ of what the cache holds for an expert at that moment.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +14,14 @@ from torch import Tensor
 from pikv_megatron import config as configs
 from pikv_megatron import ops
 from pikv_megatron.blocks import BlockPool, BlockTable
-from pikv_megatron.checks import UnknownRequestError, check_kv, check_layer, check_tensor
+from pikv_megatron.checks import (
+    UnknownRequestError,
+    check_finite,
+    check_kv,
+    check_layer,
+    check_request_id,
+    check_tensor,
+)
 from pikv_megatron.compressor import Compressor
 from pikv_megatron.tiers import build_tiers, resident
 
@@ -36,8 +40,8 @@ class ExpertKVCache:
 
     def __init__(
         self,
-        model: configs.ModelConfig | Mapping[str, Any] | str | Path,
-        runtime: configs.RuntimeConfig | Mapping[str, Any] | str | Path | None = None,
+        model: configs.ModelConfig | configs.Source,
+        runtime: configs.RuntimeConfig | configs.Source | None = None,
         layer_id: int = 0,
         expert_id: int = 0,
     ) -> None:
@@ -86,6 +90,7 @@ class ExpertKVCache:
         """Bytes of all blocks here, from their storage."""
         return sum(len(table) * table.pool.block_bytes for tables in self._tables.values() for table in tables)
 
+    @torch.no_grad()
     def put(self, request_id: int, start: int, k: Tensor, v: Tensor) -> None:
         """Encodes and stores whole blocks of tokens, contiguous from position `start`.
 
@@ -100,6 +105,7 @@ class ExpertKVCache:
                 f"put: this shard of expert {self.expert_id} is a view of a PiKVCache, "
                 "expected one that owns its memory"
             )
+        check_request_id(request_id)
         tokens = check_kv(k, v, self.model, self.runtime, self.compressor.largest)
         size = self.runtime.block_size
         if tokens % size:
@@ -119,6 +125,7 @@ class ExpertKVCache:
         table.extend(self.pool.allocate(count))
         self.pool.write(table.tensor[first:], encoded, starts, torch.full_like(starts, self.expert_id), None)
 
+    @torch.no_grad()
     def attend(self, q: Tensor, request_id: int = 0) -> ops.Partial:
         """Attention over this shard's blocks alone; merge with others by log-sum-exp.
 
@@ -135,6 +142,7 @@ class ExpertKVCache:
             self.model.torch_dtype,
             self.runtime.torch_device,
         )
+        check_finite("q", q, self.runtime, torch.finfo(q.dtype).max)
         rows = group_rows(q, self.model.num_query_groups)
         partials = []
         for table in tables:

@@ -11,7 +11,7 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def init_process_group() -> None:
-    """Initialises torch.distributed: gloo on CPU, nccl where CUDA is available. Does nothing where that is done already.
+    """Initialises torch.distributed: gloo on CPU, nccl where CUDA is available. Done already: does nothing.
 
     A process started without rank variables is a group of one and opens no port. With torchrun's variables it joins its
     group; on CUDA the device is LOCAL_RANK.
@@ -47,8 +47,16 @@ def init_megatron(tensor_parallel: int = 1, expert_parallel: int = 1, seed: int 
 
     Raises:
         ValueError: the world size is not a multiple of both.
-        RuntimeError: the rank variables are incomplete, or Megatron was initialised with other sizes.
+        RuntimeError: the rank variables are incomplete, Megatron was initialised with other sizes, or there is no CUDA
+            and `cpu_compat.install()` was not called.
     """
+    from pikv_megatron.integrations import cpu_compat
+
+    if not torch.cuda.is_available() and not cpu_compat.is_installed():
+        raise RuntimeError(
+            "Megatron-core needs CUDA, which is not available here; to run it on CPU, call "
+            "pikv_megatron.integrations.cpu_compat.install() before anything imports megatron"
+        )
     from pikv_megatron.integrations.megatron_setup import init_parallel_state
 
     init_process_group()

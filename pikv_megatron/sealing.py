@@ -79,19 +79,23 @@ class Sealer:
         """Whole blocks that have left the window of a layer with `tokens` raw tokens."""
         return max(0, (tokens - self._runtime.sinks - self._runtime.window) // self._runtime.block_size)
 
-    def reserve(self, state: LayerState, tokens: int) -> None:
-        """Reserves what sealing will need once `tokens` more have been appended. Raises PoolFullError, nothing
-        reserved.
+    def make_room(self, state: LayerState, tokens: int) -> None:
+        """Seals what has left the window already, and reserves what sealing will need once `tokens` more have been
+        appended. Raises PoolFullError; nothing was sealed or reserved then.
         """
-        needed = [self.overflow(state.window.tokens + tokens)] + [0] * (len(self._tiers) - 1)
+        waiting = self.overflow(state.window.tokens)  # has its reserved blocks, so that no pool's free count changes
+        left = state.window.tokens - waiting * self._runtime.block_size
+        needed = [self.overflow(left + tokens)] + [0] * (len(self._tiers) - 1)
         if self._allowed is not None:
-            room = max(0, self._allowed[state.layer_id] - len(state.tables[0]))
+            held = len(state.tables[0]) + (len(state.reserved[0]) if state.reserved else 0)
+            room = max(0, self._allowed[state.layer_id] - held)
             over = max(0, needed[0] - room)
             needed[0] -= over
             if self._runtime.budget.over_budget == "demote":
                 needed[1] = over
         for pool, blocks in zip(self._tiers, needed, strict=True):
             pool.check_free(blocks, f"request {state.request_id}, layer {state.layer_id}")
+        self.seal(state)
         state.reserved = [pool.allocate(blocks) for pool, blocks in zip(self._tiers, needed, strict=True)]
 
     def seal(self, state: LayerState) -> None:

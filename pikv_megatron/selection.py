@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pikv_megatron import ops
-from pikv_megatron.config import AttentionConfig
+from pikv_megatron.config_sections import AttentionConfig
 
 
 class Source(NamedTuple):

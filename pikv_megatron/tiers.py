@@ -18,8 +18,10 @@ def build_tiers(model: ModelConfig, runtime: RuntimeConfig, compressor: Compress
     """Allocates one pool per configured tier, shared by all layers and requests.
 
     Raises:
-        ConfigError: a tier's bytes hold no block.
+        ConfigError: a tier's bytes hold no block, or there is no such device.
     """
+    if runtime.torch_device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"runtime.device: no CUDA device is available here, got {runtime.device!r}")
     fields = compressor.fields()
     keep_importance = runtime.budget.policy != "none"
     pools = []
@@ -32,7 +34,7 @@ def build_tiers(model: ModelConfig, runtime: RuntimeConfig, compressor: Compress
             num_blocks = tier.bytes // one_block
             if not num_blocks:
                 raise ConfigError(
-                    f"tiers[{index}].bytes: expected at least one block's {one_block} bytes, got {tier.bytes}"
+                    f"runtime.tiers[{index}].bytes: expected at least one block's {one_block} bytes, got {tier.bytes}"
                 )
         pools.append(BlockPool(tier.kind, num_blocks, runtime.block_size, fields, device, keep_importance))
     return pools

@@ -1,0 +1,36 @@
+"""The `pikv` command. A subcommand is a module with `add_arguments(parser)` and `run(args)`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from pikv_megatron.checks import UnknownRequestError
+from pikv_megatron.cli import demo, generate
+
+COMMANDS = {"generate": generate, "demo": demo}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand; returns the exit status. What a user can mend ends in one line on stderr and status 2."""
+    parser = argparse.ArgumentParser(prog="pikv", description="A KV cache for mixture-of-experts models.")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log what the library does")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        summary = (module.__doc__ or "").split("\n")[0]
+        module.add_arguments(commands.add_parser(name, help=summary, description=summary))
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        return COMMANDS[args.command].run(args)
+    except (ValueError, TypeError, OSError, UnknownRequestError, ImportError, NotImplementedError) as error:
+        if args.verbose:
+            raise
+        print(f"pikv {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

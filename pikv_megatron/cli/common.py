@@ -1,0 +1,84 @@
+"""What the subcommands share: where the bundled files are, overrides on the command line, a model on its host."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from pikv_megatron.config import ModelConfig, RuntimeConfig, load
+from pikv_megatron.config_io import ConfigError, read_yaml
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: TID251 - for annotations alone
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL_MOE = ROOT / "assets" / "small_moe"
+HELD_OUT_TEXT = ROOT / "assets" / "text" / "kjv_heldout.txt"
+SMALL_MOE_CONFIG = ROOT / "launch" / "configs" / "small_moe.yaml"
+
+
+def bundled(path: Path) -> Path:
+    """`path`, which a source checkout has. Raises FileNotFoundError that says so where it is missing."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: not found; it is part of a source checkout, run from one or name your own")
+    return path
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[ModelConfig | None, RuntimeConfig]:
+    """A YAML file with `key.path=value` overrides applied; values are YAML.
+
+    Paths start at the section runtime, or name a section themselves (`model.topk`).
+
+    Raises:
+        ConfigError: an override without `=`, or whose path leads through a value, or what `load` refuses.
+    """
+    mapping = dict(read_yaml(path))
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {override}: expected key.path=value")
+        *sections, key = name.split(".")
+        if not sections or sections[0] not in ("model", "runtime"):
+            sections.insert(0, "runtime")
+        place: Any = mapping
+        for section in sections:
+            place[section] = dict(place.get(section) or {}) if isinstance(place.get(section), dict | None) else None
+            place = place[section]
+            if place is None:
+                raise ConfigError(f"--set {override}: {section} is not a section")
+        place[key] = yaml.safe_load(text)
+    return load(mapping)
+
+
+def megatron_model(path: str | Path, model: ModelConfig | None, threads: int) -> GPTModel:
+    """Loads a Mixtral checkpoint into a stock Megatron-core model on this machine's device.
+
+    Raises:
+        ImportError: Megatron-core is not installed.
+        ConfigError: `model` describes another model.
+    """
+    torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        from pikv_megatron.integrations import cpu_compat
+
+        cpu_compat.install()
+    from pikv_megatron.integrations import hf_weights, megatron
+    from pikv_megatron.launch import init_megatron
+
+    init_megatron()
+    dtype = torch.float32 if model is None else model.torch_dtype
+    built = hf_weights.load_mixtral(path, dtype=dtype)
+    seen = megatron.model_config(built)
+    if model is not None and model != seen:
+        raise ConfigError(f"model: the config describes {model}, {path} holds {seen}")
+    return built

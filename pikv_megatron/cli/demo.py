@@ -1,0 +1,215 @@
+"""Answer questions about documents through stock Megatron's cache and PiKV's, and print one table.
+
+Each document is a public-domain text with facts hidden in it. Every cache reads the document, then is asked about each
+fact, one token per step, as in generation; the right answer is fed after the model has given its own, so that all
+caches see the same tokens and their logits can be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from pikv_megatron.cli.common import HELD_OUT_TEXT, SMALL_MOE, SMALL_MOE_CONFIG, bundled, megatron_model, read_config
+from pikv_megatron.facts import Document, documents, load_text
+
+if TYPE_CHECKING:
+    from pikv_megatron.integrations.megatron_session import Session
+
+BUDGETED = [
+    "budget.policy=pyramid",
+    "budget.total_tokens=1600",
+    "tiers=[{kind: device}, {kind: host}]",
+]
+CACHES: dict[str, list[str] | None] = {
+    "stock Megatron": None,
+    "PiKV exact": [],
+    "PiKV INT8": ["codec.keys=int8", "codec.values=int8"],
+    "PiKV INT4": ["codec.keys=int4", "codec.values=int4"],
+    "PiKV INT8, pyramid, top_k 25 %": [
+        "codec.keys=int8",
+        "codec.values=int8",
+        "attention.mode=top_k",
+        "attention.read_fraction=0.25",
+        *BUDGETED,
+    ],
+    "PiKV INT8, mass 0.01": [
+        "codec.keys=int8",
+        "codec.values=int8",
+        "attention.mode=mass",
+        "attention.epsilon=0.01",
+        "attention.epsilon_by=certificate",
+    ],
+}
+"""The table's rows: overrides of the small MoE's config, None for Megatron's own cache."""
+
+
+COLUMNS = (
+    "cache",
+    "answers right",
+    "KV bytes held",
+    "on host",
+    "tokens/s",
+    "max |logit diff|",
+    "read",
+    "missed mass <=",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `pikv demo`."""
+    parser.add_argument("--documents", type=int, default=4)
+    parser.add_argument("--facts", type=int, default=8, help="facts per document; all are asked about")
+    parser.add_argument(
+        "--length", type=int, default=960, help="tokens (bytes) per document; the model knows up to 1,024"
+    )
+    parser.add_argument("--text", default=str(HELD_OUT_TEXT), help="the text that facts are hidden in")
+    parser.add_argument("--model", default=str(SMALL_MOE))
+    parser.add_argument("--config", default=str(SMALL_MOE_CONFIG))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+@dataclass
+class Row:
+    """One cache's figures over all documents."""
+
+    name: str
+    right: int = 0
+    asked: int = 0
+    kv_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Bytes held at the end of the last document, by tier (the stock cache and the windows count as device)."""
+    steps: int = 0
+    seconds: float = 0.0
+    difference: float = 0.0
+    """Largest |logit - stock's logit|."""
+    reads: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `pikv demo`."""
+    began = time.perf_counter()
+    text = load_text(bundled(Path(args.text)))
+    papers = documents(
+        text, count=args.documents, length=args.length, num_facts=args.facts, num_questions=args.facts, seed=args.seed
+    )
+    print(_excerpt(papers[0]), end="\n\n")
+    rows = ask_all(papers, args)
+    print(table(rows))
+    print(
+        f"\n{len(papers)} documents of {args.length} tokens, {args.facts} facts each; {args.threads} threads on "
+        f"{'GPU' if torch.cuda.is_available() else 'CPU'}; {time.perf_counter() - began:.0f} s in all"
+    )
+    return 0
+
+
+def _excerpt(document: Document) -> str:
+    """A document's first fact in its surroundings, and its question."""
+    fact = document.facts[0]
+    at = document.text.index(fact.text)
+    around = document.text[max(0, at - 60) : at + 45].decode(errors="replace").replace("\n", " ")
+    return f"a document:  ... {around} ...\nthe question: {fact.question.decode()}   the answer: {fact.value.decode()}"
+
+
+def ask_all(papers: Sequence[Document], args: argparse.Namespace) -> list[Row]:
+    """Every cache's row, the stock one first."""
+    longest = max(len(paper.text) + sum(len(f.text) for f in paper.questions) for paper in papers)
+    model_cfg, _ = read_config(args.config)
+    model = megatron_model(args.model, model_cfg, args.threads)
+
+    from megatron.core.inference.contexts import StaticInferenceContext  # noqa: TID251
+
+    from pikv_megatron.integrations import megatron
+    from pikv_megatron.integrations.megatron_session import Session
+
+    reference: list[torch.Tensor] = []
+    rows = []
+    with tqdm(
+        total=len(CACHES) * len(papers), unit="document", disable=True if args.quiet else None, leave=False
+    ) as bar:
+        for name, overrides in CACHES.items():
+            bar.set_description(name)
+            row, attached, context = Row(name), None, None
+            if overrides is not None:
+                sizes = [f"max_tokens={longest}", "max_requests=1"]
+                _, runtime = read_config(args.config, [*sizes, *overrides])
+                attached = megatron.attach(model, runtime)
+                context = attached.static_context(1, longest)
+            for number, paper in enumerate(papers):
+                if context is None:
+                    session = Session(model, StaticInferenceContext(1, longest))
+                else:
+                    context.reset()
+                    session = Session(model, context)
+                logits = _ask(session, paper, row)
+                if overrides is None:
+                    reference.append(logits)
+                row.difference = max(row.difference, float((logits - reference[number]).abs().max()))
+                row.kv_bytes = _bytes_by_tier(session)
+                bar.update()
+            if attached is not None and context is not None:
+                row.reads = context.cache.stats()["reads"]
+                attached.detach()
+            rows.append(row)
+    return rows
+
+
+def _ask(session: Session, paper: Document, row: Row) -> torch.Tensor:
+    """Reads a document and asks its questions; returns the logits after each of their tokens, [tokens, vocabulary]."""
+    session.feed(torch.tensor([list(paper.text)]))
+    logits: list[torch.Tensor] = []
+    for fact in paper.questions:
+        answer = []
+        for place, token in enumerate(fact.text):
+            if place >= len(fact.question):
+                answer.append(int(logits[-1].argmax()))
+            began = time.perf_counter()
+            logits.append(session.feed(torch.tensor([[token]]))[0])
+            row.seconds += time.perf_counter() - began
+            row.steps += 1
+        row.right += bytes(b & 0xFF for b in answer) == fact.value
+        row.asked += 1
+    return torch.stack(logits)
+
+
+def _bytes_by_tier(session: Session) -> dict[str, int]:
+    from pikv_megatron.integrations.megatron_contexts import PiKVInferenceContext
+
+    if not isinstance(session.context, PiKVInferenceContext):
+        return {"device": session.bytes_held}
+    stats = session.context.cache.stats()
+    held = {kind: tier["bytes_held"] for kind, tier in stats["tiers"].items()}
+    held["device"] += stats["window"]["bytes_held"]
+    return held
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as aligned text. Missed mass is the worst certificate of any head, layer and step."""
+    lines = [COLUMNS]
+    for row in rows:
+        selective = bool(row.reads.get("selective_reads"))
+        cells = (
+            row.name,
+            f"{row.right} of {row.asked}",
+            f"{row.kv_bytes['device']:,}",
+            f"{row.kv_bytes.get('host', 0):,}",
+            f"{row.steps / row.seconds:.0f}",
+            "-" if row is rows[0] else f"{row.difference:.1e}",
+            f"{row.reads['share_read_mean']:.0%}" if selective else "100%",
+            f"{row.reads['missed_certificate_max']:.4f}" if selective else "0",
+        )
+        lines.append(cells)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))])
+        for name, *cells in lines
+    )

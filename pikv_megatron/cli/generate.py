@@ -1,0 +1,211 @@
+"""Continue a prompt with a Megatron-core model through PiKV, streaming the text.
+
+The text goes to stdout; the progress bar and the closing figures go to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pikv_megatron.cli.common import SMALL_MOE, SMALL_MOE_CONFIG, bundled, megatron_model, read_config
+from pikv_megatron.config import dump
+
+if TYPE_CHECKING:
+    from pikv_megatron.integrations.megatron_session import Session
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `pikv generate`."""
+    parser.add_argument("--config", default=str(SMALL_MOE_CONFIG), help="YAML file; default: the small MoE's")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a key of the config"
+    )
+    parser.add_argument(
+        "--model", default=str(SMALL_MOE), help="directory of a Mixtral checkpoint; default: the small MoE"
+    )
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt-file", help="file with the prompt, - for stdin")
+    prompt.add_argument("--prompt", help="the prompt itself")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--chunk", type=int, default=512, help="prompt tokens per forward pass")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--seed", type=int, default=0, help="for sampling")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--compare", action="store_true", help="feed the same tokens to Megatron's own cache too")
+    parser.add_argument("--run-dir", help="write the resolved config, the text and the figures there")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no figures")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `pikv generate`."""
+    for name in ("max_new_tokens", "chunk", "threads"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    if args.temperature < 0:
+        raise ValueError(f"--temperature: expected at least 0, got {args.temperature}")
+    prompt = _read_prompt(args)
+    model_cfg, runtime = read_config(args.config, args.set)
+    tokenizer = _tokenizer(bundled(Path(args.model)))
+    tokens = tokenizer.encode(prompt).ids
+    total = len(tokens) + args.max_new_tokens
+    if total > runtime.max_tokens:
+        raise ValueError(
+            f"prompt: {len(tokens)} tokens and {args.max_new_tokens} new ones exceed max_tokens {runtime.max_tokens}"
+        )
+    model = megatron_model(args.model, model_cfg, args.threads)
+
+    from megatron.core.inference.contexts import StaticInferenceContext  # noqa: TID251
+
+    from pikv_megatron.integrations import megatron
+    from pikv_megatron.integrations.megatron_session import Session
+
+    stock = None
+    if args.compare:
+        stock = _Timed(Session(model, StaticInferenceContext(1, total)))
+        stock_model = megatron_model(args.model, model_cfg, args.threads)
+        stock.session.model = stock_model
+    attached = megatron.attach(model, runtime)
+    context = attached.static_context(1, total)
+    ours = _Timed(Session(model, context))
+
+    text, worst = _stream(args, tokenizer, tokens, ours, stock)
+    cache = context.cache
+    figures: dict[str, Any] = {
+        "prompt_tokens": len(tokens),
+        "new_tokens": ours.steps,
+        "pikv": ours.figures(),
+        **cache.stats(),
+    }
+    if stock is not None:
+        figures["stock"] = stock.figures()
+        figures["max_logit_difference"] = worst
+    if not args.quiet:
+        _report(figures)
+    if args.run_dir:
+        folder = Path(args.run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(dump(attached.model_cfg, runtime), encoding="utf-8")
+        (folder / "text.txt").write_text(text, encoding="utf-8")
+        (folder / "figures.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    return 0
+
+
+def _read_prompt(args: argparse.Namespace) -> str:
+    if args.prompt is not None:
+        text = str(args.prompt)
+    elif args.prompt_file == "-":
+        text = sys.stdin.read()
+    else:
+        text = Path(args.prompt_file).read_text(encoding="utf-8")
+    if not text:
+        raise ValueError(f"prompt: expected some text, {args.prompt_file or '--prompt'} is empty")
+    return text
+
+
+def _tokenizer(folder: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected the checkpoint's tokenizer")
+    return Tokenizer.from_file(str(path))
+
+
+class _Timed:
+    """A session and the time that its prompt and its steps took."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.prefill_seconds = self.decode_seconds = 0.0
+        self.steps = 0
+
+    def prefill(self, tokens: list[int], chunk: int, quiet: bool, title: str) -> Tensor:
+        from pikv_megatron.integrations.megatron_session import on_layer_done
+
+        pieces = [tokens[i : i + chunk] for i in range(0, len(tokens), chunk)]
+        layers = len(self.session.model.decoder.layers)
+        began = time.perf_counter()
+        with (
+            tqdm(
+                total=len(pieces) * layers, desc=title, unit="layer", disable=True if quiet else None, leave=False
+            ) as bar,
+            on_layer_done(self.session.model, bar.update),
+        ):
+            for piece in pieces:
+                logits = self.session.feed(torch.tensor([piece]))
+        self.prefill_seconds = time.perf_counter() - began
+        return logits[0]
+
+    def step(self, token: int) -> Tensor:
+        began = time.perf_counter()
+        logits = self.session.feed(torch.tensor([[token]]))[0]
+        self.decode_seconds += time.perf_counter() - began
+        self.steps += 1
+        return logits
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            "prefill_seconds": self.prefill_seconds,
+            "tokens_per_second": self.steps / self.decode_seconds if self.steps else None,
+            "kv_bytes": self.session.bytes_held,
+        }
+
+
+def _stream(
+    args: argparse.Namespace, tokenizer: Any, tokens: list[int], ours: _Timed, stock: _Timed | None
+) -> tuple[str, float]:
+    """Generates and prints; returns the text and the largest logit difference from stock (0.0 without it)."""
+    generator = torch.Generator().manual_seed(args.seed)
+    logits = ours.prefill(tokens, args.chunk, args.quiet, "prompt, PiKV")
+    theirs = stock.prefill(tokens, len(tokens), args.quiet, "prompt, stock") if stock else None
+    worst, made, shown = 0.0, [], ""
+    for _ in range(args.max_new_tokens):
+        if theirs is not None:
+            worst = max(worst, float((logits - theirs).abs().max()))
+        if args.temperature:
+            token = int(torch.multinomial((logits / args.temperature).softmax(-1), 1, generator=generator))
+        else:
+            token = int(logits.argmax())
+        made.append(token)
+        text = tokenizer.decode(made)
+        if not text.endswith("�"):  # a character whose bytes are not all there yet
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+        logits = ours.step(token)
+        theirs = stock.step(token) if stock else None
+    text = tokenizer.decode(made)
+    print(text[len(shown) :], flush=True)
+    return text, worst
+
+
+def _report(figures: dict[str, Any]) -> None:
+    def lines() -> Iterator[str]:
+        for name in ("pikv", "stock"):
+            if name in figures:
+                one = figures[name]
+                yield (
+                    f"{name}: prompt of {figures['prompt_tokens']} tokens in {one['prefill_seconds']:.2f} s, "
+                    f"{one['tokens_per_second']:.1f} tokens/s, {one['kv_bytes']:,} bytes of KV held"
+                )
+        if "max_logit_difference" in figures:
+            yield f"largest logit difference from stock: {figures['max_logit_difference']:.2e}"
+        reads = figures["reads"]
+        if reads["selective_reads"]:
+            estimate, certificate = reads["missed_estimate_mean"], reads["missed_certificate_mean"]
+            yield (
+                f"sealed tokens read: {reads['share_read_mean']:.1%}; missed mass, mean over heads and steps: "
+                f"estimate {estimate:.4f}, certificate {certificate:.4f}"
+            )
+
+    for line in lines():
+        print(line, file=sys.stderr)

@@ -1,0 +1,72 @@
+"""Plain-torch truth of every op: what a kernel of the same name must compute. Written for clarity, then for CPU speed.
+
+Shapes, used throughout (DESIGN 2): `blocks` stored blocks of `B` tokens; `G` KV heads (num_query_groups); `D` key and
+`E` value channels; `R` query rows of one KV head: heads_per_group x query tokens, so that GQA's query heads are rows of
+one matrix. A partial is (output normalised over the keys it saw, log-sum-exp of its logits), both float32.
+"""
+
+from pikv_megatron.ops.reference.attend import (
+    CHUNK_BYTES,
+    Partial,
+    attend_at,
+    attend_blocks,
+    attend_logits,
+    attend_masked,
+    attend_tokens,
+    attend_window,
+    key_logits,
+    merge_partials,
+)
+from pikv_megatron.ops.reference.quantize import (
+    SMALLEST_SCALE,
+    Keys,
+    Values,
+    decode_keys,
+    decode_values,
+    dequantize_block,
+    gather_tokens,
+    pack,
+    quantize_block,
+    round_half_down,
+    round_half_up,
+    unpack,
+)
+from pikv_megatron.ops.reference.score import (
+    TokenScores,
+    block_bounds,
+    score_blocks,
+    score_tokens,
+    token_importance,
+    window_importance,
+)
+
+__all__ = [
+    "CHUNK_BYTES",
+    "SMALLEST_SCALE",
+    "Keys",
+    "Partial",
+    "TokenScores",
+    "Values",
+    "attend_at",
+    "attend_blocks",
+    "attend_logits",
+    "attend_masked",
+    "attend_tokens",
+    "attend_window",
+    "block_bounds",
+    "decode_keys",
+    "decode_values",
+    "dequantize_block",
+    "gather_tokens",
+    "key_logits",
+    "merge_partials",
+    "pack",
+    "quantize_block",
+    "round_half_down",
+    "round_half_up",
+    "score_blocks",
+    "score_tokens",
+    "token_importance",
+    "unpack",
+    "window_importance",
+]

@@ -1,0 +1,118 @@
+"""What stored blocks say about logits before they are read: bounds, the high plane, and the attention they received."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pikv_megatron.ops.reference.attend import CHUNK_BYTES
+from pikv_megatron.ops.reference.quantize import Keys, decode_keys, unpack
+
+
+def block_bounds(scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Element-wise lower and upper bound of a block's keys [blocks, G, D] float32 (Quest's min and max, arXiv
+    2406.10774).
+
+    They follow from the codes' own scale and zero, so they cost no storage; they hold for the decoded and for the raw
+    keys.
+    """
+    lower = zero.float()
+    levels = (2**bits - 1) * (1 + 2**-22)  # a hair more: the scale comes from a division rounded in float32
+    return lower, lower + scale.float() * levels
+
+
+def score_blocks(q: Tensor, lower: Tensor, upper: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    """What a block's bounds say about the logits of its tokens.
+
+    Args:
+        q: [G, R, D]. lower, upper: [blocks, G, D].
+
+    Returns:
+        bound [G, R, blocks]: Quest's upper bound sum_d max(q_d lower_d, q_d upper_d), and the rounding of such a sum in
+        float32; centre: q . (lower + upper) / 2. Both float32, times softmax_scale.
+    """
+    q = q.float() * softmax_scale
+    middle = torch.matmul(q, (lower + upper).mul_(0.5).permute(1, 2, 0))
+    half_width = (upper - lower).mul_(0.5) + torch.maximum(lower.abs(), upper.abs()) * _rounding(q.shape[-1])
+    return middle + torch.matmul(q.abs(), half_width.permute(1, 2, 0)), middle
+
+
+def _rounding(dim: int) -> float:
+    """Relative rounding of a float32 dot product over `dim` channels, so that bounds on logits hold as computed."""
+    return 4 * dim * torch.finfo(torch.float32).eps
+
+
+class TokenScores(NamedTuple):
+    """Logits known from the high plane alone, float32.
+
+    coarse: [G, R, blocks, B], q . k_high * softmax_scale. radius: [G, R, blocks], |true logit - coarse| never exceeds
+    it.
+    spread: [G, R, blocks], half the variance of the logit if the unread low bits are uniform: log E[exp(error)] to
+    second order.
+    """
+
+    coarse: Tensor
+    radius: Tensor
+    spread: Tensor
+
+
+def score_tokens(q: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float) -> TokenScores:
+    """Scores tokens by the high plane of their keys. q: [G, R, D]; block_ids: [n] or, a list per KV head, [G, n]."""
+    assert keys.high is not None and keys.scale is not None and keys.zero is not None
+    q = q.float()
+    pick = _picker(block_ids, q.shape[0])
+    scale, zero = pick(keys.scale).float(), pick(keys.zero).float()  # [G, n, D]
+    lo_bits = 0 if keys.raw is not None else keys.lo_bits
+    codes = unpack(pick(keys.high), keys.hi_bits).float()  # [G, n, B, D]
+    scaled_q = q.unsqueeze(1) * scale.unsqueeze(2)  # [G, n, R, D]: the block's scale folds into q
+    logits = torch.matmul(scaled_q, codes.transpose(-1, -2)).mul_(1 << lo_bits)  # [G, n, R, B]
+    offset = scaled_q.sum(-1) * (((1 << lo_bits) - 1) / 2) + torch.matmul(zero, q.transpose(-1, -2))  # [G, n, R]
+    coarse = (logits + offset.unsqueeze(-1)).mul_(softmax_scale).transpose(1, 2)
+    if keys.raw is None:
+        half_width, variance = ((1 << lo_bits) - 1) / 2, (4**lo_bits - 1) / 12
+    else:
+        half_width, variance = 0.5, 1 / 12  # the index plane is a rounding of the raw key
+    largest = torch.maximum(zero.abs(), (zero + scale * (2 ** (keys.hi_bits + lo_bits) - 1)).abs())
+    reach = scale * half_width + largest * _rounding(q.shape[-1])
+    radius = torch.matmul(q.abs(), reach.transpose(-1, -2)) * softmax_scale
+    spread = torch.matmul(q * q, (scale * scale).transpose(-1, -2)) * (0.5 * variance * softmax_scale**2)
+    return TokenScores(coarse, radius, spread)
+
+
+def _picker(block_ids: Tensor, groups: int):  # type: ignore[no-untyped-def]
+    """Gathers rows of a [blocks, G, ...] tensor as [G, n, ...], for one list of ids or one per KV head."""
+    if block_ids.dim() == 1:
+        return lambda x: x.index_select(0, block_ids).transpose(0, 1)
+    heads = torch.arange(groups, device=block_ids.device).unsqueeze(1)
+    return lambda x: x[block_ids, heads]
+
+
+def token_importance(q: Tensor, lse: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float) -> Tensor:
+    """Attention that the tokens of blocks receive, summed over query rows and KV heads: I_t = sum_h softmax(Q_h K_t /
+    sqrt(d)).
+
+    Args:
+        q: [G, R, D]; lse: [G, R] over *all* keys those queries see. Every key must be visible to every query.
+
+    Returns: [n, B] float32.
+    """
+    q = q.float() * softmax_scale
+    per_chunk = max(1, CHUNK_BYTES // (4 * q.shape[0] * 32 * max(q.shape[1:])))
+    parts = [
+        (torch.matmul(q, decode_keys(keys, ids).transpose(-1, -2)) - lse.unsqueeze(-1)).exp_().sum((1, 2))
+        for ids in block_ids.split(per_chunk)
+    ]
+    return torch.cat(parts)
+
+
+def window_importance(q: Tensor, lse: Tensor, k: Tensor, query_tokens: int, softmax_scale: float) -> Tensor:
+    """As token_importance, over raw keys k [G, S, D] whose newest `query_tokens` are the queries' own (causal): [S]."""
+    groups, rows, _ = q.shape
+    weights = (torch.matmul(q.float() * softmax_scale, k.float().transpose(-1, -2)) - lse.unsqueeze(-1)).exp_()
+    if query_tokens > 1:
+        places = torch.arange(k.shape[1], device=k.device)
+        seen = places <= places[-query_tokens:, None]  # [T, S]
+        weights = weights.view(groups, rows // query_tokens, query_tokens, -1).mul_(seen)
+    return weights.flatten(0, -2).sum(0)

@@ -1,0 +1,62 @@
+"""Random stored blocks for the tests of the ops, beside what they decode to."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pikv_megatron.compressor import KEY_PLANES
+from pikv_megatron.config import CODE_BITS
+from pikv_megatron.ops import reference
+from pikv_megatron.ops.reference import Keys, Values
+
+
+class Stored(NamedTuple):
+    """Pools as the ops take them, and what they hold: k [blocks, G, B, D], v [blocks, G, B, E], float64."""
+
+    keys: Keys
+    values: Values
+    k: Tensor
+    v: Tensor
+
+
+def store(k: Tensor, v: Tensor, codec: str) -> Stored:
+    """Blocks of raw k [blocks, G, B, D] and v [blocks, G, B, E] (float32 or narrower); codec none keeps an index."""
+    hi, lo = KEY_PLANES[codec]
+    high, low, scale, zero = reference.quantize_block(k, hi, lo, per_channel=True)
+    raw = codec == "none"
+    keys = Keys(k if raw else None, high, low, scale, zero, hi, lo)
+    decoded_k = k if raw else reference.dequantize_block(high, low, scale, zero, hi, lo, per_channel=True)
+    if raw:
+        return Stored(keys, Values(v, None, None, None, 0), decoded_k.double(), v.double())
+    bits = CODE_BITS[codec]
+    codes, _, v_scale, v_zero = reference.quantize_block(v, bits, 0, per_channel=False)
+    decoded_v = reference.dequantize_block(codes, None, v_scale, v_zero, bits, 0, per_channel=False)
+    return Stored(keys, Values(None, codes, v_scale, v_zero, bits), decoded_k.double(), decoded_v.double())
+
+
+def random_store(
+    blocks: int, groups: int, size: int, dim: int, value_dim: int, codec: str, seed: int = 0, dtype=torch.float32
+) -> Stored:
+    """Normal K with an offset per channel, as real keys have, and normal V."""
+    rng = torch.Generator().manual_seed(seed)
+    k = torch.randn(blocks, groups, size, dim, generator=rng) + 2 * torch.randn(1, groups, 1, dim, generator=rng)
+    v = torch.randn(blocks, groups, size, value_dim, generator=rng)
+    return store(k.to(dtype), v.to(dtype), codec)
+
+
+def rows_of(stored: Stored, block_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The decoded tokens of block_ids [n] as [G, n * B, channels], float64."""
+    return tuple(x[block_ids].transpose(0, 1).flatten(1, 2) for x in (stored.k, stored.v))
+
+
+def dense_rows(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Float64 attention of q [G, R, D] over k [G, S, D], v [G, S, E]; seen [R, S] or [G, R, S] bool."""
+    logits = torch.einsum("grd,gsd->grs", q.double(), k.double()) * scale
+    if seen is not None:
+        logits = logits.masked_fill(~seen.expand_as(logits), -torch.inf)
+    lse = torch.logsumexp(logits, -1)
+    weights = (logits - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
+    return torch.einsum("grs,gse->gre", weights, v.double()), lse

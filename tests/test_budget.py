@@ -1,0 +1,338 @@
+"""Budgets: one suite of promises for every policy. The budget is respected at every moment, sinks and window stay,
+demoted blocks lose nothing, dropped ones exactly what stats says, and the same input gives the same result.
+
+What a layer holds on the device is at most its budget, plus block_size - 1 tokens that have left the window and do not
+fill a block yet, plus the tokens of an append that have not been sealed: those of one step, which its own attention
+reads raw.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+from dense import (
+    assert_pools_free,
+    attend_retrieved,
+    generator,
+    model_config,
+    random_kv,
+    random_q,
+    random_routing,
+    runtime_config,
+    snapshot,
+    step,
+)
+
+from pikv_megatron import ConfigError, PiKVCache
+from pikv_megatron.budget import blocks_allowed, layer_budgets, least_important
+
+TIERS = [{"kind": "device"}, {"kind": "host"}]
+FLOOR = 2 + 6  # sinks + window of the runtime below
+BUDGETS: dict[str, dict[str, Any]] = {
+    "uniform": {"policy": "uniform", "first_layer_tokens": 22},
+    "uniform total": {"policy": "uniform", "total_tokens": 50},
+    "pyramid": {"policy": "pyramid", "first_layer_tokens": 25, "step": 7},
+    "pyramid total": {"policy": "pyramid", "total_tokens": 60},
+    "pyramid total step": {"policy": "pyramid", "total_tokens": 47, "step": 5},
+    "no block at all": {"policy": "uniform", "first_layer_tokens": FLOOR + 3},
+    "sinks and window alone": {"policy": "uniform", "first_layer_tokens": FLOOR},
+}
+
+
+@pytest.fixture(params=BUDGETS)
+def budget(request):
+    return BUDGETS[request.param]
+
+
+@pytest.fixture(params=["drop", "demote"])
+def over(request):
+    return request.param
+
+
+def _cache(budget, over, codec="none", **changes):
+    changes = {"tiers": TIERS if over == "demote" else TIERS[:1], **changes}
+    return PiKVCache(
+        model_config(num_layers=3), runtime_config(codec, budget={**budget, "over_budget": over}, **changes)
+    )
+
+
+def _device_tokens(cache, layer_id, request_id=0):
+    state = cache._requests[request_id].layers[layer_id]
+    return state.window.tokens + len(state.tables[0]) * cache.runtime.block_size
+
+
+def _chunks(seed, total=150):
+    """A prompt in chunks, then mostly single tokens."""
+    chance, chunks = random.Random(seed), []
+    while sum(chunks) < total:
+        chunks.append(chance.choice([1, 1, 1, 1, 2, 4, 5, 40]))
+    return chunks
+
+
+def test_the_budget_holds_at_every_moment(budget, over):
+    cache = _cache(budget, over)
+    allowed, size = layer_budgets(cache.model, cache.runtime), cache.runtime.block_size
+    rng, reached = generator(1), [0, 0, 0]
+    for tokens in _chunks(1):
+        k, v = random_kv(cache.model, tokens, rng)
+        for layer_id in range(3):
+            cache.append(layer_id, k, v)
+            assert _device_tokens(cache, layer_id) <= allowed[layer_id] + size - 1 + tokens
+            cache.attend(layer_id, random_q(cache.model, tokens, rng))
+            cache.observe_routing(layer_id, *random_routing(cache.model, tokens, rng))
+            held = _device_tokens(cache, layer_id)
+            assert held <= allowed[layer_id] + size - 1
+            reached[layer_id] = max(reached[layer_id], held)
+    for layer_id in range(3):  # and it is used, up to a block
+        assert reached[layer_id] > allowed[layer_id] - size
+    cache.release(0)
+    assert_pools_free(cache)
+
+
+@pytest.mark.parametrize("codec", ["none", "int8"])
+def test_sinks_and_window_stay(budget, over, codec):
+    cache = _cache(budget, over, codec)
+    rng, length = generator(2), 0
+    everything_k: list[torch.Tensor] = []
+    for tokens in _chunks(2):
+        k, v = random_kv(cache.model, tokens, rng)
+        step(cache, k, v, rng)
+        everything_k.append(k)
+        length += tokens
+        keys = torch.cat(everything_k)
+        for layer_id in range(3):
+            held = cache.retrieve(layer_id)
+            positions = held.positions.tolist()
+            kept = [*range(min(2, length)), *range(max(0, length - 6), length)]
+            assert set(kept) <= set(positions)
+            assert positions == sorted(set(positions))
+            raw = [positions.index(p) for p in kept]
+            assert torch.equal(held.k[raw], keys[kept])  # in full precision
+
+
+def test_demoting_loses_nothing(budget):
+    """Exact attention over both tiers equals dense attention over everything that was ever appended."""
+    cache = _cache(budget, "demote")
+    rng, ks, vs = generator(3), [], []
+    for tokens in _chunks(3):
+        k, v = random_kv(cache.model, tokens, rng)
+        step(cache, k, v, rng)
+        ks.append(k)
+        vs.append(v)
+    length = sum(len(k) for k in ks)
+    for layer_id in range(3):
+        held = cache.retrieve(layer_id)
+        assert held.positions.tolist() == list(range(length))
+        assert torch.equal(held.k, torch.cat(ks))
+        assert torch.equal(held.v, torch.cat(vs))
+    q = random_q(cache.model, 1, rng)
+    for layer_id in range(3):
+        out, lse = attend_retrieved(cache, layer_id, q)
+        got = cache.attend(layer_id, q)
+        torch.testing.assert_close(got[0].double(), out, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got[1].double(), lse, rtol=1e-5, atol=1e-5)
+    stats = cache.stats()
+    assert stats["blocks_dropped"] == 0
+    assert stats["blocks_demoted"] == stats["tiers"]["host"]["blocks_used"] > 0
+
+
+def test_dropping_loses_exactly_what_stats_says(budget):
+    cache = _cache(budget, "drop")
+    rng, ks, vs = generator(4), [], []
+    for tokens in _chunks(4):
+        k, v = random_kv(cache.model, tokens, rng)
+        step(cache, k, v, rng)
+        ks.append(k)
+        vs.append(v)
+        keys, values = torch.cat(ks), torch.cat(vs)
+        lost = 0
+        for layer_id in range(3):
+            held = cache.retrieve(layer_id)
+            lost += len(keys) - len(held.positions)
+            assert torch.equal(held.k, keys[held.positions])  # what is left is what it was
+            assert torch.equal(held.v, values[held.positions])
+        assert cache.stats()["blocks_dropped"] * cache.runtime.block_size == lost
+    assert lost > 0
+
+
+def test_queries_of_a_prompt_that_was_dropped_see_what_is_left(budget):
+    """The host asks late, after routing and sealing: attention is over what is left, causal by position."""
+    cache = _cache(budget, "drop")
+    rng = generator(5)
+    k, v = random_kv(cache.model, 60, rng)
+    for layer_id in range(3):
+        cache.append(layer_id, k, v)
+        cache.observe_routing(layer_id, *random_routing(cache.model, 60, rng))
+        q = random_q(cache.model, 60, rng)
+        out, lse = attend_retrieved(cache, layer_id, q)
+        got = cache.attend(layer_id, q)
+        torch.testing.assert_close(got[0].double(), out, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got[1].double(), lse, rtol=1e-5, atol=1e-5)
+
+
+def test_the_same_input_gives_the_same_cache(budget, over):
+    def run():
+        cache, rng = _cache(budget, over, "int4"), generator(6)
+        for tokens in _chunks(6):
+            step(cache, *random_kv(cache.model, tokens, rng), rng)
+        return snapshot(cache)
+
+    assert run() == run()
+
+
+def test_requests_have_a_budget_each(over):
+    """What one request does leaves the other as it was, block for block."""
+    budget = BUDGETS["pyramid"]
+    alone, together = _cache(budget, over), _cache(budget, over)
+    noise = generator(8)
+    mine, again = generator(7), generator(7)
+    for tokens in _chunks(7):
+        step(alone, *random_kv(alone.model, tokens, mine), mine)
+        step(together, *random_kv(alone.model, 3, noise), noise, request_id=1)
+        step(together, *random_kv(alone.model, tokens, again), again)
+    for layer_id in range(3):
+        for a, b in zip(alone.retrieve(layer_id), together.retrieve(layer_id), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_the_least_important_block_leaves():
+    """One layer, room for 3 blocks; every query looks at the tokens of two blocks, which stay, whatever their age."""
+    model = model_config(num_layers=1, num_attention_heads=1, num_query_groups=1, num_experts=0)
+    budget = {"policy": "uniform", "first_layer_tokens": FLOOR + 12, "over_budget": "drop"}
+    cache, rng = PiKVCache(model, runtime_config(budget=budget)), generator(9)
+    wanted = [*range(10, 14), *range(42, 46)]  # blocks are positions 2-5, 6-9, 10-13, ...
+    for position in range(80):
+        k, v = random_kv(model, 1, rng)
+        k = k * 0.01
+        k[..., 0] = 3.0 if position in wanted else 0.0
+        q = torch.zeros(1, 1, 8)
+        q[..., 0] = 10.0
+        cache.append(0, k, v)
+        cache.attend(0, q)
+    positions = set(cache.retrieve(0).positions.tolist())
+    assert set(wanted) <= positions
+    assert len(positions) <= FLOOR + 12 + 3
+
+
+@pytest.mark.parametrize("chunk", [60, 20, 7])
+def test_the_prompts_last_queries_say_what_stays(chunk):
+    """Prefill: the needle is early in the prompt, and only the last queries look at it."""
+    model = model_config(num_layers=1, num_attention_heads=2, num_query_groups=1, num_experts=0)
+    budget = {"policy": "uniform", "first_layer_tokens": FLOOR + 8, "over_budget": "drop", "observation_window": 5}
+    cache, rng = PiKVCache(model, runtime_config(budget=budget)), generator(10)
+    k, v = random_kv(model, 60, rng)
+    k *= 0.01
+    k[20] = 0.0
+    k[20, :, 0] = 5.0
+    q = torch.zeros(60, 2, 8)
+    q[[i for i in range(60) if i % chunk > chunk - 6 or i == 59], :, 0] = 10.0
+    for first in range(0, 60, chunk):
+        cache.append(0, k[first : first + chunk], v[first : first + chunk])
+        cache.attend(0, q[first : first + chunk])
+    assert {18, 19, 20, 21} <= set(cache.retrieve(0).positions.tolist())
+
+
+def test_importance_is_the_attention_received():
+    """I_t summed over the queries of prefill's observation window and of decode, from float64."""
+    model = model_config(num_layers=1, num_experts=0)
+    budget = {"policy": "uniform", "first_layer_tokens": 200, "over_budget": "drop", "observation_window": 5}
+    cache, rng = PiKVCache(model, runtime_config(budget=budget)), generator(11)
+    expected = torch.zeros(80, dtype=torch.float64)
+    ks = torch.zeros(0, 2, 8)
+    for tokens in (40, 1, 1, 20, *[1] * 18):
+        k, v = random_kv(model, tokens, rng)
+        ks = torch.cat([ks, k])
+        q = random_q(model, tokens, rng)
+        cache.append(0, k, v)
+        cache.attend(0, q)
+        seen = min(tokens, 5)
+        keys = ks.double().repeat_interleave(2, 1)
+        logits = torch.einsum("thd,khd->thk", q[-seen:].double(), keys) * model.scale
+        newest = torch.arange(len(ks) - seen, len(ks))
+        hidden = torch.arange(len(ks)) > newest.unsqueeze(1)
+        expected[: len(ks)] += logits.masked_fill(hidden.unsqueeze(1), -torch.inf).softmax(-1).sum((0, 1))
+    state = cache._requests[0].layers[0]
+    table, window = state.tables[0], state.window.read()
+    sealed = table.pool.importance[table.tensor].flatten()
+    assert len(sealed) > 60
+    got = torch.cat([window.importance[:2], sealed, window.importance[2:]])
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+# ---- the formula
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 7, 32])
+def test_arithmetic_pyramid(layers):
+    model = model_config(num_layers=layers)
+    runtime = runtime_config(budget={"policy": "pyramid", "first_layer_tokens": 500, "step": 9, "over_budget": "drop"})
+    assert layer_budgets(model, runtime) == [500 - i * 9 for i in range(layers)]
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 7, 32])
+@pytest.mark.parametrize("total_per_layer", [FLOOR, FLOOR + 1, 20, 1000, 12345])
+@pytest.mark.parametrize("policy", ["uniform", "pyramid"])
+def test_total_tokens_is_the_sum(layers, total_per_layer, policy):
+    model, total = model_config(num_layers=layers), layers * total_per_layer
+    runtime = runtime_config(budget={"policy": policy, "total_tokens": total, "over_budget": "drop"})
+    tokens = layer_budgets(model, runtime)
+    assert total - layers <= sum(tokens) <= total  # each layer's is cut to a whole number
+    assert tokens == sorted(tokens, reverse=True)
+    assert min(tokens) >= FLOOR
+    if policy == "uniform":
+        assert set(tokens) == {total_per_layer}
+    elif layers > 1 and total_per_layer > 100:
+        # PyramidKV: above the floor the last layer has 1/20 of the average, the first twice the average less that.
+        average = total_per_layer - FLOOR
+        assert tokens[-1] - FLOOR == pytest.approx(average / 20, abs=2)
+        assert tokens[0] - FLOOR == pytest.approx(2 * average - average / 20, abs=2)
+        steps = [a - b for a, b in itertools.pairwise(tokens)]
+        assert max(steps) - min(steps) <= 1
+
+
+def test_total_tokens_with_a_step():
+    runtime = runtime_config(budget={"policy": "pyramid", "total_tokens": 300, "step": 10, "over_budget": "drop"})
+    assert layer_budgets(model_config(num_layers=5), runtime) == [80, 70, 60, 50, 40]
+
+
+def test_no_policy_no_budget():
+    assert layer_budgets(model_config(), runtime_config()) is None
+
+
+@pytest.mark.parametrize(
+    ("budget", "layer"),
+    [
+        ({"policy": "uniform", "first_layer_tokens": FLOOR - 1}, 0),
+        ({"policy": "uniform", "total_tokens": 3 * FLOOR - 1}, 0),
+        ({"policy": "pyramid", "first_layer_tokens": FLOOR + 9, "step": 5}, 2),  # C_1 - (L - 1) d = floor - 1
+        ({"policy": "pyramid", "total_tokens": 3 * FLOOR - 1}, 0),
+        ({"policy": "pyramid", "total_tokens": 3 * FLOOR + 3, "step": 5}, 2),
+    ],
+)
+def test_a_budget_below_sinks_and_window_is_refused(budget, layer):
+    with pytest.raises(ConfigError, match=rf"budget \(.*\): layer {layer} would get -?\d+ tokens, .* {FLOOR}$"):
+        _cache(budget, "drop")
+
+
+def test_the_smallest_budgets_are_accepted():
+    for budget in (
+        {"policy": "pyramid", "first_layer_tokens": FLOOR + 10, "step": 5},
+        {"policy": "pyramid", "total_tokens": 3 * FLOOR},
+        {"policy": "uniform", "total_tokens": 3 * FLOOR + 2},
+    ):
+        assert min(layer_budgets(model_config(num_layers=3), _cache(budget, "drop").runtime)) == FLOOR
+
+
+def test_blocks_that_fit():
+    runtime = runtime_config()
+    assert [blocks_allowed(FLOOR + n, runtime) for n in (0, 3, 4, 7, 8)] == [0, 0, 1, 1, 2]
+
+
+def test_least_important_blocks():
+    importance = torch.tensor([[3.0, 0.0], [1.0, 1.0], [0.5, 0.5], [2.0, 0.0], [0.0, 9.0]])
+    assert least_important(importance, 3).tolist() == [2, 1, 3]  # the older of equals first
+    assert least_important(importance, 0).tolist() == []

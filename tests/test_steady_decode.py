@@ -1,0 +1,210 @@
+"""Decode takes no memory and waits for no device: tensors and their places stay, a profile shows no copy of a number to
+the host, and the same steps run on tensors of a CUDA device that is not there, where any such copy is an error. And the
+bytes in stats are those of storages, all of them.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from dense import generator, held_tensors, model_config, random_kv, random_q, random_routing, runtime_config, step
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pikv_megatron import PiKVCache
+
+TOP_K = {"mode": "top_k", "read_fraction": 0.25}
+PYRAMID = {"policy": "pyramid", "first_layer_tokens": 40, "step": 10}
+DROP = {"budget": {**PYRAMID, "over_budget": "drop"}}
+DEMOTE = {"budget": PYRAMID, "tiers": [{"kind": "device"}, {"kind": "host"}]}
+KINDS: dict[str, dict[str, Any]] = {
+    "exact none": {},
+    "exact int8": {"codec": "int8"},
+    "exact int4 demote": {"codec": "int4", **DEMOTE},
+    "exact none drop": DROP,
+    "top_k none": {"attention": TOP_K},
+    "top_k int4": {"codec": "int4", "attention": TOP_K},
+    "top_k int8 drop": {"codec": "int8", "attention": TOP_K, **DROP},
+    "top_k int2 demote": {"codec": "int2", "attention": TOP_K, **DEMOTE},
+    "top_k pruned": {"codec": "int8", "attention": {**TOP_K, "prune_fraction": 0.5}},
+    "quest": {"codec": "int8", "attention": {**TOP_K, "score": "quest"}},
+    "mass int8": {"codec": "int8", "attention": {"mode": "mass"}},
+    "mass none demote": {"attention": {"mode": "mass", "epsilon_by": "certificate"}, **DEMOTE},
+    "mass int4 drop": {"codec": "int4", "attention": {"mode": "mass"}, **DROP},
+}
+MODELS = {"sparse": {"num_layers": 2}, "dense layers too": {"num_layers": 3, "moe_layers": [0]}}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return KINDS[request.param]
+
+
+def _warm(kind, model="sparse", warm=40):
+    """Two requests, a prompt each, and some steps; returns the cache and how to take one step of both."""
+    cache = PiKVCache(model_config(**MODELS[model]), runtime_config(**{"max_tokens": 1024, "max_requests": 2, **kind}))
+    rng = generator(1)
+    for request_id, tokens in ((0, 37), (1, 22)):
+        step(cache, *random_kv(cache.model, tokens, rng), rng, request_id)
+
+    def decode() -> None:
+        for request_id in (0, 1):
+            step(cache, *random_kv(cache.model, 1, rng), rng, request_id)
+
+    for _ in range(warm):
+        decode()
+    return cache, decode
+
+
+def _live_tensors() -> list[torch.Tensor]:
+    gc.collect()
+    return [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+
+
+def test_two_hundred_steps_leave_memory_as_it_was(kind):
+    cache, decode = _warm(kind)
+    places = {name: t.data_ptr() for name, t in held_tensors(cache).items()}
+    allocated, live = cache.stats()["bytes_allocated"], len(_live_tensors())
+    sealed = cache._requests[0].layers[0].sealed_end
+    for _ in range(200):
+        decode()
+    assert cache._requests[0].layers[0].sealed_end == sealed + 200
+    assert len(_live_tensors()) == live
+    assert {name: t.data_ptr() for name, t in held_tensors(cache).items()} == places
+    assert cache.stats()["bytes_allocated"] == allocated
+
+
+WAITS = ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "unique", "allclose", "where")
+"""What copies to the host, or gives a tensor whose size only the device knows (`where` in its one-argument form)."""
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_no_step_waits_for_the_device(kind, model):
+    """Nine steps, so that two blocks are sealed in each layer of each request."""
+    cache, decode = _warm(kind, model)
+    before = cache._requests[1].layers[1].sealed_end
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        for _ in range(9):
+            decode()
+    assert cache._requests[1].layers[1].sealed_end >= before + 8
+    names = {event.key for event in seen.key_averages()}
+    assert "aten::index_copy_" in names  # sealing was seen
+    waits = {name for name in names if name.removeprefix("aten::").startswith(WAITS)}
+    assert not waits - {"aten::where"}
+
+
+class _HostCopies(TorchDispatchMode):
+    """Notes every op that takes a tensor from CUDA and gives one on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        made = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+        if any(x.is_cuda for x in given) and any(x.device.type == "cpu" for x in made):
+            self.found.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("name", [n for n in KINDS if "demote" not in n])
+def test_on_a_cuda_device_nothing_comes_back(name, monkeypatch):
+    """Tensors without data, on a CUDA device that need not exist: a number asked of one is an error. Demoting is left
+    out, since the host tier is meant to be copied to.
+    """
+    kind = {"max_tokens": 1024, "max_requests": 1, **KINDS[name], "device": "cuda"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with FakeTensorMode():
+        cache = PiKVCache(model_config(**MODELS["dense layers too"]), runtime_config(**kind))
+        k, v, q = (torch.empty(1, heads, 8, device="cuda") for heads in (2, 2, 4))
+        expert_ids, weights = torch.zeros(1, 2, dtype=torch.int64, device="cuda"), torch.zeros(1, 2, device="cuda")
+        with _HostCopies() as copies:
+            for _ in range(60):
+                for layer_id in range(3):
+                    cache.append(layer_id, k, v)
+                    out = cache.attend(layer_id, q)[0]
+                    if layer_id == 0:
+                        cache.observe_routing(layer_id, expert_ids, weights)
+        assert out.is_cuda
+        assert cache._requests[0].layers[0].sealed_end > 40
+    assert copies.found == []
+
+
+# ---- bytes
+
+
+def _rows_bytes(tensor: torch.Tensor, rows: list[int]) -> int:
+    return sum(tensor[row].numel() * tensor.element_size() for row in rows)
+
+
+def _check_bytes(cache) -> None:
+    stats = cache.stats()
+    for pool, tier in zip(cache.tiers, range(len(cache.tiers)), strict=True):
+        states = [s for request in cache._requests.values() for s in request.layers]
+        blocks = [i for s in states for i in s.tables[tier].ids + (s.reserved[tier] if s.reserved else [])]
+        assert len(blocks) == len(set(blocks))
+        said = stats["tiers"][pool.kind]
+        assert said["blocks_used"] == len(blocks)
+        assert said["bytes_held"] == sum(_rows_bytes(t, blocks) for t in pool.tensors.values())
+        assert said["bytes_allocated"] == sum(t.untyped_storage().nbytes() for t in pool.tensors.values())
+    slots = [request.slot for request in cache._requests.values()]
+    windows = [t for window in cache._windows for t in window.tensors.values()]
+    waiting = sum(t.untyped_storage().nbytes() for n, t in held_tensors(cache).items() if n.startswith("waiting"))
+    assert stats["window"]["bytes_held"] == sum(_rows_bytes(t, slots) for t in windows) + waiting
+    for figure in ("bytes_held", "bytes_allocated"):
+        parts = [stats["window"][figure], *(tier[figure] for tier in stats["tiers"].values())]
+        assert stats[figure] == sum(parts)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held_tensors(cache).values()}
+    assert stats["bytes_allocated"] == sum(storages.values())
+
+
+def test_bytes_are_those_of_the_storages(kind):
+    cache, decode = _warm(kind, warm=0)
+    _check_bytes(cache)
+    for layer_id in range(2):  # a chunk that waits for its routing
+        cache.append(layer_id, *random_kv(cache.model, 50, generator(2)), request_id=1)
+        assert "waiting.1.0.k" in held_tensors(cache)
+        _check_bytes(cache)
+        cache.attend(layer_id, random_q(cache.model, 50, generator(3)), request_id=1)
+        cache.observe_routing(layer_id, *random_routing(cache.model, 50, generator(4)), request_id=1)
+        _check_bytes(cache)
+    for _ in range(5):
+        decode()
+        _check_bytes(cache)
+    cache.release(0)
+    _check_bytes(cache)
+    cache.release(1)
+    _check_bytes(cache)
+    stats = cache.stats()
+    assert stats["bytes_held"] == 0
+    assert stats["bytes_allocated"] > 0
+
+
+def test_nothing_of_size_is_left_out_of_stats(kind):
+    """Every tensor that the process has more after a cache was made and filled is in stats, but for block tables and
+    counters.
+    """
+    before = {t.untyped_storage().data_ptr() for t in _live_tensors()}
+    cache, _ = _warm(kind, warm=0)
+    after = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _live_tensors()}
+    new = sum(size for place, size in after.items() if place not in before)
+    tables = [t._tensor for r in cache._requests.values() for s in r.layers for t in s.tables]
+    counters = [cache._meter._sum, cache._meter._max]
+    beside = sum(t.untyped_storage().nbytes() for t in (*tables, *counters))
+    slack = 8192  # the generator's state
+    assert 0 <= new - beside - cache.stats()["bytes_allocated"] <= slack
+
+
+def test_host_and_device_bytes_are_told_apart():
+    cache, _ = _warm(KINDS["exact int4 demote"])
+    tiers = cache.stats()["tiers"]
+    assert set(tiers) == {"device", "host"}
+    assert tiers["host"]["blocks_used"] == cache.stats()["blocks_demoted"] > 0
+    allowed = sum((40 - 10 * layer - 8) // 4 for layer in range(2))
+    assert tiers["device"]["blocks_used"] == 2 * allowed
