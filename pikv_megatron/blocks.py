@@ -6,12 +6,30 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from pikv_megatron.compressor import Field
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def keeps_tensors(method: Callable[P, R]) -> Callable[P, R]:
+    """For methods that keep tensors: no gradients, and no inference tensors, which could not be written to outside of
+    inference mode. A host may be in it in one call and not in the next.
+    """
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return call
 
 
 class PoolFullError(RuntimeError):

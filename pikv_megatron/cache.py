@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pikv_megatron import checks, ops
 from pikv_megatron import config as configs
-from pikv_megatron.blocks import BlockTable, PoolFullError
+from pikv_megatron.blocks import BlockTable, PoolFullError, keeps_tensors
 from pikv_megatron.compressor import Compressor
 from pikv_megatron.expert_cache import ExpertKVCache, gather_decoded, group_rows, ungroup
 from pikv_megatron.metrics import ReadMeter, cache_stats
@@ -76,6 +76,7 @@ class PiKVCache:
     first append creates one, `release` ends it.
     """
 
+    @keeps_tensors
     def __init__(
         self,
         model: configs.ModelConfig | configs.Source,
@@ -97,6 +98,7 @@ class PiKVCache:
     # ---- writing
 
     @torch.no_grad()
+    @keeps_tensors
     def append(self, layer_id: int, k: Tensor, v: Tensor, request_id: int = 0, start: int | None = None) -> None:
         """Adds the next tokens of a request to a layer; the first append of a request creates it.
 
@@ -160,6 +162,7 @@ class PiKVCache:
         self.observe_routing(layer_id, ids, weights, request_id)
 
     @torch.no_grad()
+    @keeps_tensors
     def observe_routing(self, layer_id: int, expert_ids: Tensor, weights: Tensor, request_id: int = 0) -> None:
         """Tells which experts the newest tokens of a layer went to; then seals what has left the window.
 
@@ -204,6 +207,7 @@ class PiKVCache:
         return result.out, result.lse
 
     @torch.no_grad()
+    @keeps_tensors
     def attend_measured(self, layer_id: int, q: Tensor, request_id: int = 0) -> AttendResult:
         """`attend`, with the missed mass beside the output. One query token follows attention.mode; several read
         everything.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pikv_megatron import config as configs
 from pikv_megatron import ops
-from pikv_megatron.blocks import BlockPool, BlockTable
+from pikv_megatron.blocks import BlockPool, BlockTable, keeps_tensors
 from pikv_megatron.checks import (
     UnknownRequestError,
     check_finite,
@@ -91,6 +91,7 @@ class ExpertKVCache:
         return sum(len(table) * table.pool.block_bytes for tables in self._tables.values() for table in tables)
 
     @torch.no_grad()
+    @keeps_tensors
     def put(self, request_id: int, start: int, k: Tensor, v: Tensor) -> None:
         """Encodes and stores whole blocks of tokens, contiguous from position `start`.
 

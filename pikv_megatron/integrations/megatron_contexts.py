@@ -7,12 +7,10 @@ layers. Neither context ever allocates Megatron's full-precision KV memory.
 from __future__ import annotations
 
 import copy
-import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from megatron.core.inference.config import InferenceConfig
@@ -22,15 +20,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from pikv_megatron.cache import PiKVCache
-from pikv_megatron.config import ModelConfig, RuntimeConfig, resolve
+from pikv_megatron.config import ModelConfig, RuntimeConfig, Source, resolve
 from pikv_megatron.integrations.megatron_support import check_config, check_inference_config
 
 log = logging.getLogger(__name__)
 
-ModelSource = ModelConfig | Mapping[str, Any] | str | Path
-RuntimeSource = RuntimeConfig | Mapping[str, Any] | str | Path | None
-P = ParamSpec("P")
-R = TypeVar("R")
+ModelSource = ModelConfig | Source
+RuntimeSource = RuntimeConfig | Source | None
 
 
 @dataclass(frozen=True)
@@ -48,17 +44,6 @@ class DispatchListener(Protocol):
     def dispatch_launched(self, layer_id: int) -> None: ...
 
     def dispatch_finished(self, layer_id: int) -> None: ...
-
-
-def _outliving_inference_mode(method: Callable[P, R]) -> Callable[P, R]:
-    """What the cache keeps must not become an inference tensor: engines run in inference mode, others may not."""
-
-    @functools.wraps(method)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode(False), torch.no_grad():
-            return method(*args, **kwargs)
-
-    return call
 
 
 class PiKVContext:
@@ -81,7 +66,6 @@ class PiKVContext:
         """The requests of this step's tensors [sequence, batch, ...]. Rows in no segment are padding."""
         raise NotImplementedError
 
-    @_outliving_inference_mode
     def attend(self, layer_id: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Appends a step's new keys and values and attends to everything its requests hold.
 
@@ -107,7 +91,6 @@ class PiKVContext:
             out[rows] = self.cache.attend(layer_id, query[rows], request_id)[0]
         return out
 
-    @_outliving_inference_mode
     def observe(self, layer_id: int, expert_ids: Tensor, weights: Tensor) -> None:
         """Hands the router's choice for the step's tokens to the cache, request by request.
 
