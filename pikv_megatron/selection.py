@@ -132,11 +132,11 @@ def _read_mass(
     order = rank(coarse, raw_lse).sort(dim=-1, descending=True).indices
     index = order.unsqueeze(1).expand_as(coarse)
     top = torch.maximum(torch.maximum(if_unread.amax(-1), if_read.amax(-1)), raw_lse).unsqueeze(-1)
-    unread_mass = (if_unread - top).exp_().gather(-1, index).double()
-    read_mass = (if_read - top).exp_().gather(-1, index).double()
+    unread_mass = (if_unread - top).gather(-1, index).double().exp_()
+    read_mass = (if_read - top).gather(-1, index).double().exp_()
     after = unread_mass.flip(-1).cumsum_(-1).flip(-1)  # missed if reading stops before this token
-    before = read_mass.cumsum(-1) - read_mass + (raw_lse.unsqueeze(-1) - top).exp_()
-    needed = (after > config.epsilon * (after + before)).any(1)
+    before = read_mass.cumsum(-1) - read_mass + (raw_lse.unsqueeze(-1) - top).double().exp_()
+    needed = (after >= config.epsilon * (after + before)).any(1)  # where both vanish beside `top`, read on
     read = torch.zeros_like(needed).scatter_(1, order, needed)
 
     parts = zip(sources, logits, read.split([x.shape[-1] for x in logits], dim=-1), strict=True)
