@@ -33,7 +33,7 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from pikv_megatron.config import RuntimeConfig
+from pikv_megatron.config import ModelConfig, RuntimeConfig
 from pikv_megatron.integrations import hf_weights, megatron
 from pikv_megatron.integrations.megatron_session import Session
 from pikv_megatron.launch import init_megatron
@@ -79,8 +79,12 @@ def main() -> None:
     init_megatron()
     print(f"{_machine()}, {args.threads} threads, torch {torch.__version__}, on CPU; medians of {args.steps} steps, ms")
     columns: dict[str, dict[int, float]] = {}
+    stock_model = hf_weights.build_model(SHAPE).eval()
+    model = hf_weights.build_model(SHAPE).eval()
+    model.load_state_dict(stock_model.state_dict())
+    model_cfg = megatron.attach(model).model_cfg
     for context in args.contexts:
-        for name, seconds in measure(context, args.steps).items():
+        for name, seconds in measure(stock_model, model, model_cfg, context, args.steps).items():
             columns.setdefault(name, {})[context] = seconds
     _print(columns, args.contexts)
 
@@ -91,24 +95,23 @@ def _machine() -> str:
     return names[0] if names else platform.processor()
 
 
-def measure(context: int, steps: int) -> dict[str, float]:
-    """Median seconds of a decode step at `context` tokens, by cache."""
-    stock_model = hf_weights.build_model(SHAPE).eval()
-    model = hf_weights.build_model(SHAPE).eval()
-    model.load_state_dict(stock_model.state_dict())
+def measure(
+    stock_model: GPTModel, model: GPTModel, model_cfg: ModelConfig, context: int, steps: int
+) -> dict[str, float]:
+    """Median seconds of a decode step at `context` tokens, by cache. `model` is attached, with the same weights."""
     room = context + steps + 2
     keys = [torch.randn(context, 1, GROUPS, DIM) for _ in range(LAYERS)]  # before RoPE, as the stock context keeps them
     values = [torch.randn(context, 1, GROUPS, DIM) for _ in range(LAYERS)]
     turned = [_rotate(stock_model, key) for key in keys]
 
-    attached = megatron.attach(model)
     sessions = {"stock static context": Session(stock_model, _stock(keys, values, room))}
     for name, options in PIKV.items():
         runtime = RuntimeConfig.from_dict({"max_tokens": room, "max_requests": 1, **options})
-        filled = megatron.PiKVInferenceContext(attached.model_cfg, runtime, 1, room)
+        filled = megatron.PiKVInferenceContext(model_cfg, runtime, 1, room)
         _fill(filled, turned, values)
         sessions[name] = Session(model, filled)
-    empty = Session(model, attached_context(attached.model_cfg, steps + 2))
+    small = RuntimeConfig(max_tokens=128, max_requests=1)
+    empty = Session(model, megatron.PiKVInferenceContext(model_cfg, small, 1, 128))
     token = torch.zeros(1, 1, dtype=torch.int64)
     work: dict[str, Callable[[], object]] = {
         name: (lambda session=session: session.feed(token)) for name, session in sessions.items()
@@ -127,11 +130,6 @@ def measure(context: int, steps: int) -> dict[str, float]:
             call()
             times[name].append(time.perf_counter() - began)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
-
-
-def attached_context(model_cfg: object, room: int) -> megatron.PiKVInferenceContext:
-    """A context with nothing in it."""
-    return megatron.PiKVInferenceContext(model_cfg, RuntimeConfig(max_tokens=max(room, 128), max_requests=1), 1, room)
 
 
 def _rotate(model: GPTModel, key: torch.Tensor) -> torch.Tensor:
