@@ -3,7 +3,7 @@ when it holds more.
 
 Whole blocks leave, never single tokens: a block is the unit of memory, of transfer and of recovery. Sinks and window
 always stay; up to block_size - 1 tokens that have left the window but do not fill a block yet ride on top of the
-budget.
+budget, and so do the tokens of the newest append until they are sealed.
 """
 
 from __future__ import annotations

@@ -97,7 +97,6 @@ class PiKVCache:
 
     # ---- writing
 
-    @torch.no_grad()
     @keeps_tensors
     def append(self, layer_id: int, k: Tensor, v: Tensor, request_id: int = 0, start: int | None = None) -> None:
         """Adds the next tokens of a request to a layer; the first append of a request creates it.
@@ -161,7 +160,6 @@ class PiKVCache:
         self.append(layer_id, k, v, request_id, start)
         self.observe_routing(layer_id, ids, weights, request_id)
 
-    @torch.no_grad()
     @keeps_tensors
     def observe_routing(self, layer_id: int, expert_ids: Tensor, weights: Tensor, request_id: int = 0) -> None:
         """Tells which experts the newest tokens of a layer went to; then seals what has left the window.
@@ -206,7 +204,6 @@ class PiKVCache:
         result = self.attend_measured(layer_id, q, request_id)
         return result.out, result.lse
 
-    @torch.no_grad()
     @keeps_tensors
     def attend_measured(self, layer_id: int, q: Tensor, request_id: int = 0) -> AttendResult:
         """`attend`, with the missed mass beside the output. One query token follows attention.mode; several read

@@ -90,7 +90,6 @@ class ExpertKVCache:
         """Bytes of all blocks here, from their storage."""
         return sum(len(table) * table.pool.block_bytes for tables in self._tables.values() for table in tables)
 
-    @torch.no_grad()
     @keeps_tensors
     def put(self, request_id: int, start: int, k: Tensor, v: Tensor) -> None:
         """Encodes and stores whole blocks of tokens, contiguous from position `start`.

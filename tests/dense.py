@@ -83,6 +83,16 @@ def dense_attention(
     return torch.einsum("thk,khe->the", weights, v), lse
 
 
+def float32_rounding(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """By how much float32 may get the logits of a query wrong, and sums of their exponentials: [tokens, heads].
+
+    Some 1e-7 of the products that are summed. q: [tokens, heads, D], k: [keys, groups, D].
+    """
+    k = k.double().abs().repeat_interleave(q.shape[1] // k.shape[1], 1)
+    products = torch.einsum("thd,khd->thk", q.double().abs(), k).amax(-1) * scale
+    return 4 * 2.0**-23 * (products + 20)
+
+
 def attend_retrieved(cache: PiKVCache, layer_id: int, q: Tensor, request_id: int = 0) -> tuple[Tensor, Tensor]:
     """Dense attention over what the cache says that it holds now."""
     held = cache.retrieve(layer_id, request_id)

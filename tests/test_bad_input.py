@@ -422,19 +422,3 @@ def test_check_finite_can_be_switched_off():
     cache = PiKVCache(model_config(v_head_dim=12), runtime_config(check_finite="never"))
     cache.append(0, _with(K, NAN), V)
     assert cache.retrieve(0).k.isnan().any()
-
-
-def test_tensors_that_require_grad_leave_no_graph_behind():
-    """A host that forgot no_grad: what is stored and what is returned hold on to nothing."""
-    budget = {"policy": "uniform", "first_layer_tokens": 20, "over_budget": "drop"}
-    cache = PiKVCache(model_config(v_head_dim=12), runtime_config("int8", budget=budget))
-    for _ in range(5):
-        k, v, q, expert_ids, weights = (x.clone() for x in _good(tokens=9))
-        cache.append(0, k.requires_grad_(), v.requires_grad_())
-        out, lse = cache.attend(0, q.requires_grad_())
-        cache.observe_routing(0, expert_ids, weights.requires_grad_())
-        assert not out.requires_grad
-        assert not lse.requires_grad
-    held = [t for pool in cache.tiers for t in pool.tensors.values()]
-    held += [t for window in cache._windows for t in window.tensors.values()]
-    assert not any(t.requires_grad for t in (*held, *cache.retrieve(0)[:2]))

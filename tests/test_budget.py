@@ -93,6 +93,21 @@ def test_the_budget_holds_at_every_moment(budget, over):
     assert_pools_free(cache)
 
 
+def test_the_budget_holds_where_nobody_asks_or_tells(budget, over):
+    """Tokens are appended, never attended to or labelled: an append seals what the one before it left behind."""
+    cache = _cache(budget, over)
+    allowed, size = layer_budgets(cache.model, cache.runtime), cache.runtime.block_size
+    rng, length = generator(12), 0
+    for tokens in (4, 9, 9, 9, *_chunks(12)):
+        cache.update(2, range(length, length + tokens), *random_kv(cache.model, tokens, rng))
+        length += tokens
+        assert _device_tokens(cache, 2) <= allowed[2] + size - 1 + tokens
+        assert len(cache._requests[0].layers[2].tables[0]) <= blocks_allowed(allowed[2], cache.runtime)
+    assert cache.length(0, 2) == length
+    cache.release(0)
+    assert_pools_free(cache)
+
+
 @pytest.mark.parametrize("codec", ["none", "int8"])
 def test_sinks_and_window_stay(budget, over, codec):
     cache = _cache(budget, over, codec)

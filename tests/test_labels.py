@@ -117,6 +117,20 @@ def test_dense_layers_inherit(chunks):
         assert _labels(cache, layer) == expected, f"layer {layer}"
 
 
+def test_routing_of_other_positions_is_not_inherited():
+    """The MoE layer is ahead of the dense one: the routing of its newest tokens is not that of these."""
+    model = model_config(num_layers=2, moe_layers=[0])
+    cache, rng = PiKVCache(model, runtime_config()), generator(7)
+    k, v = random_kv(model, 40, rng)
+    cache.append(0, k, v)
+    expert_ids = torch.tensor([1] * 20 + [3] * 20).unsqueeze(1).expand(-1, 2)
+    cache.observe_routing(0, expert_ids, torch.ones(40, 2))
+    for first, last in ((0, 20), (20, 39)):
+        cache.append(1, k[first:last], v[first:last])
+        cache.attend(1, random_q(model, 1, rng))
+    assert 3 not in _labels(cache, 1)[:4]  # positions 2 .. 17
+
+
 def test_another_requests_routing_is_not_inherited():
     model = model_config(num_layers=2, moe_layers=[0])
     cache, rng = PiKVCache(model, runtime_config()), generator(2)

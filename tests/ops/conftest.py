@@ -1,22 +1,22 @@
-"""The ops under test, once per backend: the plain-torch reference, and whatever kernels are built."""
+"""The ops under test, once per backend: the plain-torch reference, and the kernels where the package has some."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 
+import pikv_megatron.ops
 from pikv_megatron.ops import reference
 
 
 class _Kernels:
-    """torch.ops.pikv with the reference's names; what has no kernel falls back as it does in `pikv_megatron.ops`."""
+    """The ops as the cache gets them from `pikv_megatron.ops`; helpers that are no ops are the reference's."""
 
     def __getattr__(self, name):
-        return getattr(torch.ops.pikv, name, None) or getattr(reference, name)
+        return getattr(pikv_megatron.ops if name in pikv_megatron.ops.backend else reference, name)
 
 
 BACKENDS = {"reference": reference}
-if any(hasattr(torch.ops.pikv, name) for name in reference.__all__):
+if "kernel" in pikv_megatron.ops.backend.values():
     BACKENDS["kernel"] = _Kernels()
 
 

@@ -24,6 +24,7 @@ def _hard_keys() -> dict[str, torch.Tensor]:
         "large": (normal * 2e4).clamp(-65504, 65504),
         "far": (0.01 * normal + 20000 * offset).clamp(-65504, 65504),
         "equal": offset.expand_as(normal).clone(),  # every token reaches the block's bound
+        "far and equal": (2e4 * offset).clamp(-65504, 65504).half().float().expand_as(normal).clone(),
         "corner": corner,  # all channels are extreme in the same token
     }
 
@@ -63,6 +64,22 @@ def test_bounds_contain_decoded_and_raw_keys(ops, keys, codec):
     for k in (keys.double(), held.k):
         assert (k.amin(2) >= lower.double()).all()
         assert (k.amax(2) <= upper.double()).all()
+
+
+@pytest.mark.parametrize("codec", ["none", "int8", "int4"])
+def test_bounds_contain_ranges_that_a_rounded_division_would_miss(ops, codec):
+    """Ranges just above a whole number of steps, from a zero that makes float32 round their width down to it."""
+    levels = {"none": 3, "int8": 255, "int4": 15}[codec]
+    steps = 1 + torch.arange(1024) / 1024
+    least = -(levels * steps).half().float()  # a float16 number, so it is the block's zero
+    most = least.double() + levels * steps.double() + 2.0**-25 * levels
+    ends = torch.stack([least, most.float()], 1).view(1024, 1, 2, 1)
+    assert torch.equal(most.float().double(), most)
+    keys = ends.expand(-1, -1, -1, 4).contiguous()
+    held = store(keys, keys, codec)
+    lower, upper = ops.block_bounds(held.keys.scale, held.keys.zero, held.keys.hi_bits + held.keys.lo_bits)
+    assert (keys.amin(2) >= lower).all()
+    assert (keys.amax(2) <= upper).all()
 
 
 def test_bounds_are_as_tight_as_the_codes(ops, codec):

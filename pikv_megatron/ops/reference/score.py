@@ -50,7 +50,7 @@ class TokenScores(NamedTuple):
     coarse: [G, R, blocks, B], q . k_high * softmax_scale. radius: [G, R, blocks], |true logit - coarse| never exceeds
     it.
     spread: [G, R, blocks], half the variance of the logit if the unread low bits are uniform: log E[exp(error)] to
-    second order.
+    second order, and at most the radius, which no error exceeds.
     """
 
     coarse: Tensor
@@ -78,7 +78,7 @@ def score_tokens(q: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float)
     reach = scale * half_width + largest * _rounding(q.shape[-1])
     radius = torch.matmul(q.abs(), reach.transpose(-1, -2)) * softmax_scale
     spread = torch.matmul(q * q, (scale * scale).transpose(-1, -2)) * (0.5 * variance * softmax_scale**2)
-    return TokenScores(coarse, radius, spread)
+    return TokenScores(coarse, radius, torch.minimum(spread, radius))
 
 
 def _picker(block_ids: Tensor, groups: int):  # type: ignore[no-untyped-def]
