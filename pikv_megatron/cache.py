@@ -15,16 +15,16 @@ from torch import Tensor
 
 from pikv_megatron import checks, ops
 from pikv_megatron import config as configs
+from pikv_megatron.attention import Attention
 from pikv_megatron.blocks import BlockTable, PoolFullError, keeps_tensors
 from pikv_megatron.compressor import Compressor
 from pikv_megatron.expert_cache import ExpertKVCache, gather_decoded, group_rows, ungroup
 from pikv_megatron.metrics import ReadMeter, cache_stats
 from pikv_megatron.sealing import LayerState, Sealer
-from pikv_megatron.selection import Source, read_selected
 from pikv_megatron.sharding.placement import Placement
 from pikv_megatron.streamer import Streamer
-from pikv_megatron.tiers import build_tiers, resident
-from pikv_megatron.window import LayerWindow, WindowBuffer
+from pikv_megatron.tiers import build_tiers
+from pikv_megatron.window import LayerWindow, WindowBuffer, raw_positions
 
 
 class Retrieved(NamedTuple):
@@ -94,6 +94,7 @@ class PiKVCache:
         self._free_slots = list(range(self.runtime.max_requests))
         self._requests: dict[int, _Request] = {}
         self._meter = ReadMeter(self.model, self.runtime)
+        self._attention = Attention(self.model, self.runtime, self.compressor, self._meter)
 
     # ---- writing
 
@@ -170,6 +171,8 @@ class PiKVCache:
         Dense layers after an MoE layer inherit its routing for the same tokens.
         """
         request, state = self._state(layer_id, request_id)
+        if self.model.label_source(layer_id) not in (layer_id, None):
+            raise ValueError(f"layer_id: layer {layer_id} has no experts, expected one of {self.model.moe_layers}")
         tokens = checks.check_routing(expert_ids, weights, self.model, self.runtime.torch_device, state.window.tokens)
         state.window.label_newest(expert_ids, weights)
         if self.model.moe_layers is not None:
@@ -219,22 +222,12 @@ class PiKVCache:
                 f"q: request {request_id}, layer {layer_id} has {state.length} tokens, got queries of {tokens}"
             )
         checks.check_finite("q", q, self.runtime, torch.finfo(q.dtype).max)
-        rows = group_rows(q, model.num_query_groups)
-        oldest_query = state.length - tokens
-        sealed = [table for table in state.tables if len(table)]
-        if self.runtime.sinks < state.sealed_end and oldest_query < state.sealed_end:
-            merged, missed = self._attend_sealed_queries(state, rows, tokens, sealed), None
-        else:
-            raw = state.window.read()
-            window = ops.attend_window(rows, raw.k, raw.v, tokens, model.scale)
-            merged, missed = self._attend_sealed(state, rows, tokens, sealed, window)
-            if self.runtime.budget.policy != "none":
-                self._add_importance(state, rows, tokens, merged.lse, raw.k, sealed)
+        merged, missed = self._attention.attend(state, group_rows(q, model.num_query_groups), tokens)
         out, lse = ungroup(merged, tokens)
-        nothing = torch.zeros_like(lse)
-        estimate, certificate = (
-            (ungroup(ops.Partial(merged.out, m), tokens).lse for m in missed) if missed else (nothing, nothing)
-        )
+        if missed is None:
+            estimate = certificate = torch.zeros_like(lse)
+        else:
+            estimate, certificate = (ungroup(ops.Partial(merged.out, m), tokens).lse for m in missed)
         if model.label_source(layer_id) != layer_id:
             self._sealer.seal(state)  # a dense layer has its labels already
         return AttendResult(out.to(q.dtype), lse, estimate, certificate)
@@ -244,14 +237,13 @@ class PiKVCache:
         _, state = self._state(layer_id, request_id)
         raw = state.window.read()
         sinks = min(self.runtime.sinks, raw.tokens)
-        places = torch.arange(raw.tokens, device=raw.k.device)
-        raw_positions = torch.where(places < sinks, places, places - sinks + state.sealed_end)
+        positions = raw_positions(raw.tokens, self.runtime.sinks, state.sealed_end, raw.k.device)
         k, v = raw.k.transpose(0, 1), raw.v.transpose(0, 1)
         sealed = [table for table in state.tables if len(table)]
         if not sealed:
-            return Retrieved(k.clone(), v.clone(), raw_positions)
+            return Retrieved(k.clone(), v.clone(), positions)
         middle = gather_decoded(sealed, self.compressor, k.device)
-        parts = zip((k, v, raw_positions), middle, strict=True)
+        parts = zip((k, v, positions), middle, strict=True)
         return Retrieved(*(torch.cat([ours[:sinks], stored, ours[sinks:]]) for ours, stored in parts))
 
     def expert_shard(self, layer_id: int, expert_id: int) -> ExpertKVCache:
@@ -279,7 +271,9 @@ class PiKVCache:
     def stats(self) -> dict[str, Any]:
         """What the cache holds and did; bytes are summed from the tensors' storage. Waits for the device."""
         states = [state for request in self._requests.values() for state in request.layers]
-        return cache_stats(self.tiers, self._windows, len(self._requests), states, self.placement, self._meter)
+        return cache_stats(
+            self.tiers, self._windows, len(self._requests), states, self.placement, self._sealer, self._meter
+        )
 
     # ---- inside
 
@@ -322,64 +316,3 @@ class PiKVCache:
         if length == state.length:
             count = min(tokens, expert_ids.shape[0])
             state.window.label_newest(expert_ids[-count:], weights[-count:])
-
-    def _sources(self, sealed: list[BlockTable]) -> list[Source]:
-        sources = []
-        for table in sealed:
-            fields, ids = resident(table.pool, table.tensor, self.runtime.torch_device)
-            source = Source(self.compressor.keys(fields), self.compressor.values(fields), ids, self.runtime.block_size)
-            sources.append(source)
-        return sources
-
-    def _attend_sealed(
-        self, state: LayerState, rows: Tensor, tokens: int, sealed: list[BlockTable], window: ops.Partial
-    ) -> tuple[ops.Partial, tuple[Tensor, Tensor] | None]:
-        if not sealed:
-            return window, None
-        sources, scale, config = self._sources(sealed), self.model.scale, self.runtime.attention
-        if config.mode == "exact" or tokens > 1:
-            parts = [ops.attend_blocks(rows, s.keys, s.values, s.block_ids, scale) for s in sources]
-            return ops.merge_partials([window, *parts]), None
-        reading = read_selected(rows, sources, window.lse, config, scale)
-        self._meter.add(state.layer_id, reading, sum(len(table) for table in sealed) * self.runtime.block_size)
-        return ops.merge_partials([window, *reading.partials]), (reading.estimate, reading.certificate)
-
-    def _attend_sealed_queries(
-        self, state: LayerState, rows: Tensor, tokens: int, sealed: list[BlockTable]
-    ) -> ops.Partial:
-        """Queries whose own tokens were partly sealed already: everything is read, causal by explicit positions."""
-        device, raw = rows.device, state.window.read()
-        places = torch.arange(raw.tokens, device=device)
-        sinks = self.runtime.sinks
-        raw_positions = torch.where(places < sinks, places, places - sinks + state.sealed_end)
-        queries = torch.arange(state.length - tokens, state.length, device=device).repeat(rows.shape[1] // tokens)
-        parts = [ops.attend_at(rows, raw.k, raw.v, raw_positions, queries, self.model.scale)]
-        for table, source in zip(sealed, self._sources(sealed), strict=True):
-            starts = table.pool.start.index_select(0, table.tensor).to(device)
-            positions = starts.unsqueeze(1) + torch.arange(source.block_size, device=device)
-            parts.append(
-                ops.attend_blocks(
-                    rows, source.keys, source.values, source.block_ids, self.model.scale, positions, queries
-                )
-            )
-        return ops.merge_partials(parts)
-
-    def _add_importance(
-        self,
-        state: LayerState,
-        rows: Tensor,
-        tokens: int,
-        lse: Tensor,
-        raw_k: Tensor,
-        sealed: list[BlockTable],
-    ) -> None:
-        """Adds the attention of these queries (of a prompt's last observation_window) to what they looked at."""
-        seen = min(tokens, self.runtime.budget.observation_window)
-        groups, per_group = rows.shape[0], rows.shape[1] // tokens
-        rows = rows.view(groups, per_group, tokens, -1)[:, :, -seen:].flatten(1, 2)
-        lse = lse.view(groups, per_group, tokens)[:, :, -seen:].flatten(1, 2)
-        state.window.add_importance(ops.window_importance(rows, lse, raw_k, seen, self.model.scale))
-        for table, source in zip(sealed, self._sources(sealed), strict=True):
-            assert table.pool.importance is not None
-            share = ops.token_importance(rows, lse, source.keys, source.block_ids, self.model.scale)
-            table.pool.importance.index_add_(0, table.tensor, share.to(table.pool.device))

@@ -161,8 +161,12 @@ class ModelConfig:
                 raise ConfigError(f"model: expected {key} in the Hugging Face config, it has none")
         heads, hidden = get("num_attention_heads"), get("hidden_size")
         experts = get("num_local_experts") or get("num_experts") or get("n_routed_experts") or 0
+        layers = get("num_hidden_layers")
+        dense = set(get("mlp_only_layers") or ()) | set(range(get("first_k_dense_replace") or 0))
+        step = get("decoder_sparse_step") or 1
+        moe_layers = tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
         return cls(
-            num_layers=get("num_hidden_layers"),
+            num_layers=layers,
             hidden_size=hidden,
             num_attention_heads=heads,
             num_query_groups=get("num_key_value_heads") or heads,
@@ -170,6 +174,7 @@ class ModelConfig:
             num_experts=experts,
             topk=get("num_experts_per_tok") or 1,
             dtype=_dtype_name(get("dtype") or get("torch_dtype") or "float32"),
+            moe_layers=moe_layers if experts and len(moe_layers) < layers else None,
         )
 
 

@@ -19,11 +19,22 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key, the value seen and what was expected."""
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, except that a key that stands twice is an error: the first would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> Mapping[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError where the file holds anything else."""
+    """The mapping in a YAML file. Raises ConfigError where the file holds anything else, or a key twice."""
     with open(path, encoding="utf-8") as file:
         try:
-            content = yaml.safe_load(file)
+            content = yaml.load(file, _Loader)
         except yaml.YAMLError as error:
             raise ConfigError(f"{path}: not YAML: {error}") from error
     if not isinstance(content, Mapping):
@@ -113,5 +124,14 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or isinstance(value, bool):
-        raise ConfigError(f"{name}: expected {hint.__name__}, got {value!r}")
+        hint_on_floats = "; YAML reads 1e-3 as text, write 1.0e-3" if hint is float and _is_number(value) else ""
+        raise ConfigError(f"{name}: expected {hint.__name__}, got {value!r}{hint_on_floats}")
     return value
+
+
+def _is_number(value: object) -> bool:
+    try:
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -11,7 +11,7 @@ import torch
 
 from pikv_megatron.blocks import BlockPool
 from pikv_megatron.config import ModelConfig, RuntimeConfig
-from pikv_megatron.sealing import LayerState
+from pikv_megatron.sealing import LayerState, Sealer
 from pikv_megatron.selection import Reading
 from pikv_megatron.sharding.placement import Placement
 from pikv_megatron.window import WindowBuffer
@@ -57,6 +57,7 @@ def cache_stats(
     requests: int,
     states: Sequence[LayerState],
     placement: Placement,
+    sealer: Sealer,
     meter: ReadMeter,
 ) -> dict[str, Any]:
     """The dictionary that PiKVCache.stats returns.
@@ -87,7 +88,7 @@ def cache_stats(
     }
     for key in ("bytes_held", "bytes_allocated"):
         report[key] = report["window"][key] + sum(tier[key] for tier in report["tiers"].values())
-    report["blocks_dropped"] = sum(state.dropped for state in states)
-    report["blocks_demoted"] = sum(state.demoted for state in states)
+    report["blocks_dropped"] = sealer.dropped
+    report["blocks_demoted"] = sealer.demoted
     report["reads"] = meter.read()
     return report

@@ -35,9 +35,7 @@ class LayerState:
     sealed_end: int = 0
     """Positions from the sinks up to here have been sealed."""
     reserved: list[list[int]] = field(default_factory=list)
-    dropped: int = 0
-    """Blocks dropped by the budget."""
-    demoted: int = 0
+    """Blocks per tier for the next seal; always as many as `overflow` will seal, less what a budget drops."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,8 @@ class Sealer:
         self._tiers, self._streamer = tiers, streamer
         budgets = budget.layer_budgets(model, runtime)
         self._allowed = None if budgets is None else [budget.blocks_allowed(tokens, runtime) for tokens in budgets]
+        self.dropped = self.demoted = 0
+        """Blocks that budgets have dropped and demoted so far, over all requests."""
 
     def overflow(self, tokens: int) -> int:
         """Whole blocks that have left the window of a layer with `tokens` raw tokens."""
@@ -135,6 +135,12 @@ class Sealer:
         table.extend(ids)
         blocks.write(table.pool, table.tensor[first:])
 
+    def _left(self, blocks: int) -> None:
+        if self._runtime.budget.over_budget == "demote":
+            self.demoted += blocks
+        else:
+            self.dropped += blocks
+
     def _displace_one(self, state: LayerState, block: _Blocks, reserved: list[list[int]]) -> None:
         """Decode, over budget: the block takes the place of the layer's least important one."""
         device = state.tables[0]
@@ -151,8 +157,7 @@ class Sealer:
                 below.extend(reserved[1])
                 below.pool.copy_from(below.tensor[-1:], device.pool, victim)
             block.write(device.pool, victim)
-        state.demoted += demote
-        state.dropped += not demote
+        self._left(1)
 
     def _displace(self, state: LayerState, blocks: _Blocks, reserved: list[list[int]]) -> None:
         """Prefill, over budget: old and new blocks compete; the least important ones leave or are never written."""
@@ -176,8 +181,6 @@ class Sealer:
             if old:
                 below.pool.copy_from(moved, pool, torch.tensor(old, device=pool.device))
             blocks.pick(new_losers).write(below.pool, below.tensor[first + len(old) :])
-            state.demoted += over
-        else:
-            state.dropped += over
+        self._left(over)
         device.remove(set(old))
         self._place(state, 0, blocks.pick(stays.nonzero().flatten()), old + reserved[0])

@@ -171,17 +171,11 @@ def _prune(q: Tensor, source: Source, fraction: float, softmax_scale: float, que
     nothing = q.new_full((groups, rows), -math.inf, dtype=torch.float32)
     if fraction >= 1.0:
         return _Kept(source.block_ids.expand(groups, -1), nothing, nothing)
-    keys = source.keys
-    assert keys.scale is not None and keys.zero is not None
-    scale, zero = keys.scale.index_select(0, source.block_ids), keys.zero.index_select(0, source.block_ids)
-    lower, upper = ops.block_bounds(scale, zero, keys.hi_bits + keys.lo_bits)
-    bound, centre = ops.score_blocks(q, lower, upper, softmax_scale)
+    bound, centre, spread = ops.score_blocks(q, source.keys, source.block_ids, softmax_scale)
     ranked = bound.sum(1) if quest else (0.5 * (bound + centre)).softmax(-1).sum(1)
     chosen = ranked.topk(count_of(fraction, ranked.shape[-1]), dim=-1).indices
     pruned = torch.ones_like(ranked, dtype=torch.bool).scatter_(1, chosen, False).unsqueeze(1)
-    # A key taken as uniform in its block's box has variance reach^2 / 3 per channel; the bound holds whatever it is.
-    variance = torch.matmul(q.float() ** 2, (upper - lower).square_().div_(12).permute(1, 2, 0)) * softmax_scale**2
-    expected = torch.minimum(centre + 0.5 * variance, bound)
+    expected = torch.minimum(centre + spread, bound)
     rest = [
         torch.logsumexp(logits.masked_fill(~pruned, -math.inf), -1) + math.log(source.block_size)
         for logits in (expected, bound)

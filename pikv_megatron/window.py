@@ -68,6 +68,12 @@ def concatenate(parts: list[RawTokens]) -> RawTokens:
     )
 
 
+def raw_positions(tokens: int, sinks: int, sealed_end: int, device: torch.device) -> Tensor:
+    """Positions [tokens] int64 of a layer's raw tokens: the sinks, then what follows the sealed blocks."""
+    places = torch.arange(tokens, device=device)
+    return torch.where(places < sinks, places, places - sinks + sealed_end)
+
+
 class WindowBuffer:
     """Raw-token memory of one layer: a slot per live request."""
 

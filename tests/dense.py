@@ -129,7 +129,7 @@ def snapshot(cache: PiKVCache) -> dict[str, Any]:
     tensors = {n: t.contiguous().view(torch.uint8).numpy().tobytes() for n, t in held_tensors(cache).items()}
     requests = {
         request_id: [
-            (s.length, s.sealed_end, s.reserved, s.dropped, s.demoted, s.window.tokens, [list(t.ids) for t in s.tables])
+            (s.length, s.sealed_end, s.reserved, s.window.tokens, [list(t.ids) for t in s.tables])
             for s in request.layers
         ]
         for request_id, request in cache._requests.items()

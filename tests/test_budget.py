@@ -351,3 +351,21 @@ def test_least_important_blocks():
     importance = torch.tensor([[3.0, 0.0], [1.0, 1.0], [0.5, 0.5], [2.0, 0.0], [0.0, 9.0]])
     assert least_important(importance, 3).tolist() == [2, 1, 3]  # the older of equals first
     assert least_important(importance, 0).tolist() == []
+
+
+def test_importance_after_selective_reads_is_near_the_exact_one():
+    """It comes from the scores that selection has anyway; no further key is read for it."""
+    kept = {}
+    for mode in ("exact", "top_k"):
+        cache = _cache({"policy": "uniform", "total_tokens": 400}, "demote", "int8", attention={"mode": mode})
+        rng = generator(3)
+        for _ in range(60):
+            k, v = random_kv(cache.model, 1, rng)
+            for layer_id in range(cache.model.num_layers):
+                cache.append(layer_id, k, v)
+                cache.attend(layer_id, random_q(cache.model, 1, rng))
+                cache.observe_routing(layer_id, *random_routing(cache.model, 1, rng))
+        pool = cache.tiers[0]
+        kept[mode] = pool.importance[cache._requests[0].layers[0].tables[0].tensor]
+    assert len(kept["exact"]) > 2
+    torch.testing.assert_close(kept["top_k"], kept["exact"], rtol=0.05, atol=0.01)

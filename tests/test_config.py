@@ -384,3 +384,25 @@ def test_planes_are_kept_where_they_are_needed():
     assert RuntimeConfig(codec=CodecConfig(keys="int4")).needs_planes
     assert not RuntimeConfig(codec=CodecConfig(values="int4")).needs_planes
     assert RuntimeConfig(attention=AttentionConfig(mode="top_k")).needs_planes
+
+
+def test_yaml_that_says_a_thing_twice_is_refused(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("runtime:\n  window: 8\n  sinks: 4\n  window: 16\n")
+    with pytest.raises(ConfigError, match="the key 'window' stands twice"):
+        load(path)
+
+
+def test_a_float_that_yaml_reads_as_text_gets_a_hint(tmp_path):
+    path = tmp_path / "float.yaml"
+    path.write_text("runtime:\n  attention: {epsilon: 1e-3}\n")
+    with pytest.raises(ConfigError, match=r"runtime.attention.epsilon: expected float, got '1e-3'; .* write 1.0e-3"):
+        load(path)
+
+
+def test_dense_layers_of_hugging_face_configs():
+    shape = {"num_hidden_layers": 6, "hidden_size": 64, "num_attention_heads": 4, "num_experts": 8}
+    assert ModelConfig.from_huggingface(shape).moe_layers is None
+    assert ModelConfig.from_huggingface({**shape, "first_k_dense_replace": 2}).moe_layers == (2, 3, 4, 5)
+    assert ModelConfig.from_huggingface({**shape, "mlp_only_layers": [0, 3]}).moe_layers == (1, 2, 4, 5)
+    assert ModelConfig.from_huggingface({**shape, "decoder_sparse_step": 2}).moe_layers == (1, 3, 5)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pikv_megatron.ops import reference
-from pikv_megatron.ops.reference import Keys, Partial, TokenScores, Values
+from pikv_megatron.ops.reference import BlockScores, Keys, Partial, TokenScores, Values
 
 backend: dict[str, str] = {}
 
@@ -43,6 +43,7 @@ token_importance = _resolve("token_importance")
 window_importance = _resolve("window_importance")
 
 __all__ = [
+    "BlockScores",
     "Keys",
     "Partial",
     "TokenScores",

@@ -94,24 +94,26 @@ def test_bounds_are_as_tight_as_the_codes(ops, codec):
 
 def test_block_score_is_a_bound(ops, keys, codec, q):
     held = store(keys, keys, codec)
-    bounds = ops.block_bounds(held.keys.scale, held.keys.zero, held.keys.hi_bits + held.keys.lo_bits)
-    bound, centre = ops.score_blocks(q, *bounds, SCALE)
+    bound, centre, _ = ops.score_blocks(q, held.keys, torch.arange(len(keys)), SCALE)
     true = _true_logits(q, held.k).amax(-1)
     assert (true <= bound.double()).all(), f"exceeded by {(true - bound).max()}"
     assert (centre <= bound).all()
 
 
-def test_block_score_is_quests_formula(ops):
-    rng = torch.Generator().manual_seed(6)
-    q = torch.randn(2, 3, 16, generator=rng)
-    lower = torch.randn(5, 2, 16, generator=rng)
-    upper = lower + torch.rand(5, 2, 16, generator=rng)
-    bound, centre = ops.score_blocks(q, lower, upper, 0.3)
-    for group, row, block in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(5)).tolist():
-        at_lower, at_upper = q[group, row] * lower[block, group], q[group, row] * upper[block, group]
+def test_block_score_is_quests_formula(ops, codec):
+    held = random_store(5, 2, 8, 16, 16, codec)
+    q = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(6))
+    lower, upper = ops.block_bounds(held.keys.scale, held.keys.zero, held.keys.hi_bits + held.keys.lo_bits)
+    ids = [4, 0, 2, 1, 3]
+    bound, centre, spread = ops.score_blocks(q, held.keys, torch.tensor(ids), 0.3)
+    for group, row, place in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(5)).tolist():
+        query, low, high = q[group, row], lower[ids[place], group], upper[ids[place], group]
+        at_lower, at_upper = query * low, query * high
         reach, middle = torch.maximum(at_lower, at_upper).sum().item(), (at_lower + at_upper).sum().item() / 2
-        assert bound[group, row, block].item() == pytest.approx(0.3 * reach, abs=1e-4)
-        assert centre[group, row, block].item() == pytest.approx(0.3 * middle, abs=1e-5)
+        assert bound[group, row, place].item() == pytest.approx(0.3 * reach, abs=1e-3)
+        assert centre[group, row, place].item() == pytest.approx(0.3 * middle, abs=1e-5)
+        variance = (0.3**2 * query**2 * (high - low) ** 2 / 12).sum().item()
+        assert spread[group, row, place].item() == pytest.approx(variance / 2, rel=1e-4)
 
 
 def test_token_radius_is_never_exceeded(ops, keys, codec, q):

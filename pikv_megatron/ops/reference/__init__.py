@@ -32,6 +32,7 @@ from pikv_megatron.ops.reference.quantize import (
     unpack,
 )
 from pikv_megatron.ops.reference.score import (
+    BlockScores,
     TokenScores,
     block_bounds,
     score_blocks,
@@ -43,6 +44,7 @@ from pikv_megatron.ops.reference.score import (
 __all__ = [
     "CHUNK_BYTES",
     "SMALLEST_SCALE",
+    "BlockScores",
     "Keys",
     "Partial",
     "TokenScores",

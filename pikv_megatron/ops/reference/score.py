@@ -23,20 +23,30 @@ def block_bounds(scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor
     return lower, lower + scale.float() * levels
 
 
-def score_blocks(q: Tensor, lower: Tensor, upper: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
-    """What a block's bounds say about the logits of its tokens.
+class BlockScores(NamedTuple):
+    """Logits known from a block's bounds alone, each [G, R, blocks] float32.
 
-    Args:
-        q: [G, R, D]. lower, upper: [blocks, G, D].
-
-    Returns:
-        bound [G, R, blocks]: Quest's upper bound sum_d max(q_d lower_d, q_d upper_d), and the rounding of such a sum in
-        float32; centre: q . (lower + upper) / 2. Both float32, times softmax_scale.
+    bound: Quest's upper bound sum_d max(q_d lower_d, q_d upper_d), plus what float32 can lose of it. centre: the
+    logit of the box's centre. spread: half the variance of the logit of a key taken as uniform in the box.
     """
+
+    bound: Tensor
+    centre: Tensor
+    spread: Tensor
+
+
+def score_blocks(q: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float) -> BlockScores:
+    """Scores blocks by their bounds. q: [G, R, D]; block_ids: [n]."""
+    assert keys.scale is not None and keys.zero is not None
+    scale, zero = keys.scale.index_select(0, block_ids), keys.zero.index_select(0, block_ids)
+    lower, upper = block_bounds(scale, zero, keys.hi_bits + keys.lo_bits)
     q = q.float() * softmax_scale
-    middle = torch.matmul(q, (lower + upper).mul_(0.5).permute(1, 2, 0))
-    half_width = (upper - lower).mul_(0.5) + torch.maximum(lower.abs(), upper.abs()) * _rounding(q.shape[-1])
-    return middle + torch.matmul(q.abs(), half_width.permute(1, 2, 0)), middle
+    centre = torch.matmul(q, (lower + upper).mul_(0.5).permute(1, 2, 0))
+    half_width = (upper - lower).mul_(0.5)
+    reach = half_width + torch.maximum(lower.abs(), upper.abs()) * _rounding(q.shape[-1])
+    bound = centre + torch.matmul(q.abs(), reach.permute(1, 2, 0))
+    spread = torch.matmul(q.square(), half_width.square_().permute(1, 2, 0)) / 6
+    return BlockScores(bound, centre, spread)
 
 
 def _rounding(dim: int) -> float:

@@ -1,0 +1,121 @@
+"""Attention over one layer's state: raw tokens and sealed blocks of every tier, merged; and the importance it gives.
+
+The raw tokens are attended to in full. Of the sealed ones, a decode token reads what `attention.mode` says, a prompt's
+tokens read everything.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pikv_megatron import ops
+from pikv_megatron.blocks import BlockTable
+from pikv_megatron.compressor import Compressor
+from pikv_megatron.config import ModelConfig, RuntimeConfig
+from pikv_megatron.metrics import ReadMeter
+from pikv_megatron.sealing import LayerState
+from pikv_megatron.selection import Reading, Source, read_selected
+from pikv_megatron.tiers import resident
+from pikv_megatron.window import raw_positions
+
+
+class Attended(NamedTuple):
+    """Merged attention, and the missed mass of a selective read ([G, R] each) or None where everything was read."""
+
+    partial: ops.Partial
+    missed: tuple[Tensor, Tensor] | None
+
+
+class Attention:
+    """Attends to LayerStates. Rows are [G, R, D] as in `ops`, R = heads_per_group * tokens, tokens fastest."""
+
+    def __init__(self, model: ModelConfig, runtime: RuntimeConfig, compressor: Compressor, meter: ReadMeter) -> None:
+        self._model, self._runtime, self._compressor, self._meter = model, runtime, compressor, meter
+
+    def attend(self, state: LayerState, rows: Tensor, tokens: int) -> Attended:
+        """Attention of the newest `tokens` tokens of a request, causal by position. With a budget, what they looked at
+        gains importance.
+        """
+        scale, config = self._model.scale, self._runtime.attention
+        sealed = [table for table in state.tables if len(table)]
+        sources = [self._source(table) for table in sealed]
+        if self._runtime.sinks < state.sealed_end and state.length - tokens < state.sealed_end:
+            return Attended(self._attend_by_position(state, rows, tokens, sealed, sources), None)
+        raw = state.window.read()
+        window = ops.attend_window(rows, raw.k, raw.v, tokens, scale)
+        reading = None
+        if not sealed:
+            merged = window
+        elif config.mode == "exact" or tokens > 1:
+            parts = [ops.attend_blocks(rows, s.keys, s.values, s.block_ids, scale) for s in sources]
+            merged = ops.merge_partials([window, *parts])
+        else:
+            reading = read_selected(rows, sources, window.lse, config, scale)
+            self._meter.add(state.layer_id, reading, sum(len(table) for table in sealed) * self._runtime.block_size)
+            merged = ops.merge_partials([window, *reading.partials])
+        if self._runtime.budget.policy != "none":
+            lse = merged.lse if reading is None else self._full_lse(rows, window, merged, sources, reading)
+            self._add_importance(state, rows, tokens, lse, raw.k, sealed, sources, reading and reading.scores)
+        return Attended(merged, None if reading is None else (reading.estimate, reading.certificate))
+
+    def _source(self, table: BlockTable) -> Source:
+        fields, ids = resident(table.pool, table.tensor, self._runtime.torch_device)
+        return Source(self._compressor.keys(fields), self._compressor.values(fields), ids, self._runtime.block_size)
+
+    def _attend_by_position(
+        self, state: LayerState, rows: Tensor, tokens: int, sealed: list[BlockTable], sources: list[Source]
+    ) -> ops.Partial:
+        """Queries whose own tokens were partly sealed already: everything is read, causal by explicit positions."""
+        device, raw, scale = rows.device, state.window.read(), self._model.scale
+        keys_at = raw_positions(raw.tokens, self._runtime.sinks, state.sealed_end, device)
+        queries_at = torch.arange(state.length - tokens, state.length, device=device).repeat(rows.shape[1] // tokens)
+        parts = [ops.attend_at(rows, raw.k, raw.v, keys_at, queries_at, scale)]
+        for table, s in zip(sealed, sources, strict=True):
+            starts = table.pool.start.index_select(0, table.tensor).to(device)
+            block_at = starts.unsqueeze(1) + torch.arange(s.block_size, device=device)
+            parts.append(ops.attend_blocks(rows, s.keys, s.values, s.block_ids, scale, block_at, queries_at))
+        return ops.merge_partials(parts)
+
+    def _full_lse(
+        self, rows: Tensor, window: ops.Partial, merged: ops.Partial, sources: list[Source], reading: Reading
+    ) -> Tensor:
+        """Log-sum-exp over every key after a selective read: by the estimate, or, where not every token was scored
+        (Quest, pruned blocks), from the keys.
+        """
+        if reading.scores is not None:
+            return merged.lse - torch.log1p(-reading.estimate)
+        logits = [ops.key_logits(rows, s.keys, s.block_ids, self._model.scale) for s in sources]
+        return torch.logsumexp(torch.cat([window.lse.unsqueeze(-1), *logits], -1), -1)
+
+    def _add_importance(
+        self,
+        state: LayerState,
+        rows: Tensor,
+        tokens: int,
+        lse: Tensor,
+        raw_k: Tensor,
+        sealed: list[BlockTable],
+        sources: list[Source],
+        scores: list[ops.TokenScores] | None,
+    ) -> None:
+        """Adds the attention of these queries (of a prompt's last observation_window) to what they looked at.
+
+        Args:
+            lse: [G, R] over every key.
+            scores: where given, shares are those that the high plane expects, and no further key is read.
+        """
+        seen = min(tokens, self._runtime.budget.observation_window)
+        groups, per_group = rows.shape[0], rows.shape[1] // tokens
+        rows = rows.view(groups, per_group, tokens, -1)[:, :, -seen:].flatten(1, 2)
+        lse = lse.view(groups, per_group, tokens)[:, :, -seen:].flatten(1, 2)
+        state.window.add_importance(ops.window_importance(rows, lse, raw_k, seen, self._model.scale))
+        for i, (table, s) in enumerate(zip(sealed, sources, strict=True)):
+            assert table.pool.importance is not None
+            if scores is None:
+                share = ops.token_importance(rows, lse, s.keys, s.block_ids, self._model.scale)
+            else:
+                share = (scores[i].coarse - lse[..., None, None]).exp_().sum((0, 1))
+            table.pool.importance.index_add_(0, table.tensor, share.to(table.pool.device))
