@@ -18,6 +18,7 @@ BENCHMARKS ?= $(sort $(wildcard benchmarks/[a-z]*.py))
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input -qq
 CONSTRAINTS := requirements/constraints.txt
+CSRC := $(wildcard csrc/*.cpp csrc/cpu/* csrc/include/pikv/*)
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
@@ -39,7 +40,7 @@ $(PY):
 # 1. torch alone; 2. the rest, held to that very torch and to the pinned versions; 3. Megatron-core, whose wheels
 # work on Python 3.11 but declare 3.12: without its requirements, which step 2 has brought (on 3.12 and newer step 2
 # has brought it too, and step 3 finds nothing to do).
-$(STAMP): pyproject.toml setup.py $(CONSTRAINTS) | $(PY)
+$(STAMP): pyproject.toml setup.py $(CONSTRAINTS) $(CSRC) | $(PY)
 	@echo "installing $(TORCH)"
 	@$(PIP) install $(PIP_ARGS) -c $(CONSTRAINTS) setuptools '$(TORCH)'
 	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/torch.txt

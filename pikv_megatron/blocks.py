@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
+import heapq
 from collections.abc import Callable, Iterable, Mapping
 from typing import ParamSpec, TypeVar
 
@@ -62,7 +62,10 @@ class BlockPool:
         self.start = touched((), torch.int64)
         self.label = touched((), torch.int64)
         self.importance = touched((block_size,), torch.float32) if importance else None
-        self._free = list(range(num_blocks))
+        self._free = list(range(num_blocks))  # a heap: the lowest id is taken first
+        self._taken = bytearray(num_blocks)
+        self.generation = 0
+        """Grows whenever a block is written or freed: what was read of the pool before may be another block now."""
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -100,15 +103,19 @@ class BlockPool:
     def allocate(self, blocks: int) -> list[int]:
         """Takes `blocks` ids, lowest first, so that what is sealed together lies together."""
         self.check_free(blocks, "allocate")
-        taken, self._free = self._free[:blocks], self._free[blocks:]
-        return taken
+        ids = [heapq.heappop(self._free) for _ in range(blocks)]
+        for block_id in ids:
+            self._taken[block_id] = 1
+        return ids
 
     def free(self, ids: Iterable[int]) -> None:
+        """Gives blocks back. Raises ValueError for one that is not allocated; those before it are free then."""
+        self.generation += 1
         for block_id in ids:
-            at = bisect.bisect_left(self._free, block_id)
-            if not 0 <= block_id < self.num_blocks or (at < len(self._free) and self._free[at] == block_id):
+            if not 0 <= block_id < self.num_blocks or not self._taken[block_id]:
                 raise ValueError(f"block {block_id} of the {self.kind} tier is not allocated")
-            self._free.insert(at, block_id)
+            self._taken[block_id] = 0
+            heapq.heappush(self._free, block_id)
 
     def write(
         self,
@@ -119,6 +126,7 @@ class BlockPool:
         importance: Tensor | None,
     ) -> None:
         """Writes n blocks at `ids` [n]: each field [n, ...], start, label [n], importance [n, block_size] or None."""
+        self.generation += 1
         for name, tensor in self.fields.items():
             tensor.index_copy_(0, ids, encoded[name].to(tensor.device))
         self.start.index_copy_(0, ids, start.to(self.device))
@@ -128,6 +136,7 @@ class BlockPool:
 
     def copy_from(self, ids: Tensor, other: BlockPool, other_ids: Tensor) -> None:
         """Copies blocks `other_ids` [n] of `other` to `ids` [n], labels included."""
+        self.generation += 1
         for name, tensor in self.tensors.items():
             source = other.tensors[name].index_select(0, other_ids.to(other.device))
             tensor.index_copy_(0, ids.to(self.device), source.to(self.device))

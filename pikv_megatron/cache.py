@@ -17,7 +17,7 @@ from pikv_megatron import checks, ops
 from pikv_megatron import config as configs
 from pikv_megatron.attention import Attention
 from pikv_megatron.blocks import BlockTable, PoolFullError, keeps_tensors
-from pikv_megatron.compressor import Compressor
+from pikv_megatron.compressor import LARGEST, Compressor
 from pikv_megatron.expert_cache import ExpertKVCache, gather_decoded, group_rows, ungroup
 from pikv_megatron.metrics import ReadMeter, cache_stats
 from pikv_megatron.sealing import LayerState, Sealer
@@ -143,7 +143,8 @@ class PiKVCache:
         Args:
             token_id: position of the one token of k, v [num_query_groups, channels], or consecutive positions of k, v
                 [tokens, ...].
-            expert_ids: [topk] for one token or [tokens, topk]; all weigh the same.
+            expert_ids: [topk] for one token or [tokens, topk]; all weigh the same. The tokens stay raw until the next
+                append, so that an `attend` in between sees them as they came.
         """
         if isinstance(k, Tensor) and isinstance(v, Tensor) and k.dim() == 2 and v.dim() == 2:
             k, v = k.unsqueeze(0), v.unsqueeze(0)
@@ -153,13 +154,14 @@ class PiKVCache:
         if expert_ids is None:
             self.append(layer_id, k, v, request_id, start)
             return
+        checks.check_has_experts(layer_id, self.model)
         ids = torch.as_tensor(expert_ids, device=k.device)
         ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
         weights = torch.full(ids.shape, 1.0 / self.model.topk, device=k.device)
         if checks.check_routing(ids, weights, self.model, self.runtime.torch_device, tokens) != tokens:
             raise ValueError(f"expert_ids: expected experts of all {tokens} tokens, got {ids.shape[0]}")
         self.append(layer_id, k, v, request_id, start)
-        self.observe_routing(layer_id, ids, weights, request_id)
+        self._label(self._requests[request_id].layers[layer_id], ids, weights)
 
     @keeps_tensors
     def observe_routing(self, layer_id: int, expert_ids: Tensor, weights: Tensor, request_id: int = 0) -> None:
@@ -170,17 +172,10 @@ class PiKVCache:
 
         Dense layers after an MoE layer inherit its routing for the same tokens.
         """
-        request, state = self._state(layer_id, request_id)
-        if self.model.label_source(layer_id) not in (layer_id, None):
-            raise ValueError(f"layer_id: layer {layer_id} has no experts, expected one of {self.model.moe_layers}")
-        tokens = checks.check_routing(expert_ids, weights, self.model, self.runtime.torch_device, state.window.tokens)
-        state.window.label_newest(expert_ids, weights)
-        if self.model.moe_layers is not None:
-            request.routing[layer_id] = (
-                state.length,
-                expert_ids[-tokens:].clone(),
-                weights[-tokens:].clone(),
-            )
+        _, state = self._state(layer_id, request_id)
+        checks.check_has_experts(layer_id, self.model)
+        checks.check_routing(expert_ids, weights, self.model, self.runtime.torch_device, state.window.tokens)
+        self._label(state, expert_ids, weights)
         self._sealer.seal(state)
 
     def release(self, request_id: int) -> None:
@@ -221,7 +216,7 @@ class PiKVCache:
             raise ValueError(
                 f"q: request {request_id}, layer {layer_id} has {state.length} tokens, got queries of {tokens}"
             )
-        checks.check_finite("q", q, self.runtime, torch.finfo(q.dtype).max)
+        checks.check_finite("q", q, self.runtime, min(torch.finfo(q.dtype).max, LARGEST))
         merged, missed = self._attention.attend(state, group_rows(q, model.num_query_groups), tokens)
         out, lse = ungroup(merged, tokens)
         if missed is None:
@@ -247,7 +242,10 @@ class PiKVCache:
         return Retrieved(*(torch.cat([ours[:sinks], stored, ours[sinks:]]) for ours, stored in parts))
 
     def expert_shard(self, layer_id: int, expert_id: int) -> ExpertKVCache:
-        """What the cache holds now for one expert of a layer, over all requests, as a read-only ExpertKVCache."""
+        """What the cache holds now for one expert of a layer, over all requests, as a read-only ExpertKVCache.
+
+        It is good until the cache next seals or releases a block; then its methods raise RuntimeError.
+        """
         checks.check_layer(layer_id, self.model)
         shard: dict[int, list[BlockTable]] = {}
         for request_id, request in self._requests.items():
@@ -306,6 +304,13 @@ class PiKVCache:
         checks.check_layer(layer_id, self.model)
         request = self._request(request_id)
         return request, request.layers[layer_id]
+
+    def _label(self, state: LayerState, expert_ids: Tensor, weights: Tensor) -> None:
+        """Labels a layer's newest tokens, and keeps the labels for the dense layers behind it."""
+        state.window.label_newest(expert_ids, weights)
+        if self.model.moe_layers is not None:
+            routing = self._requests[state.request_id].routing
+            routing[state.layer_id] = (state.length, expert_ids.clone(), weights.clone())
 
     def _inherit_labels(self, request: _Request, state: LayerState, tokens: int) -> None:
         """A dense layer's tokens take the labels of the last MoE layer before it, which has already seen them."""

@@ -109,6 +109,12 @@ def first_position(token_id: int | Sequence[int] | Tensor, tokens: int) -> int:
     return positions[0]
 
 
+def check_has_experts(layer_id: int, model: ModelConfig) -> None:
+    """Checks that the layer has a router of its own (or that the model has no experts, which check_routing refuses)."""
+    if model.label_source(layer_id) not in (layer_id, None):
+        raise ValueError(f"layer_id: layer {layer_id} has no experts, expected one of {model.moe_layers}")
+
+
 def check_routing(expert_ids: Tensor, weights: Tensor, model: ModelConfig, device: torch.device, unsealed: int) -> int:
     """Checks expert_ids and weights: [tokens, topk], of at most `unsealed` tokens; returns tokens."""
     if not model.num_experts:

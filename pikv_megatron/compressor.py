@@ -22,6 +22,8 @@ KEY_PLANES = {"none": (2, 0), "int8": (4, 4), "int4": (2, 2), "int2": (2, 0)}
 """Bits of the high and the low plane; for codec none those of the index kept beside the raw keys."""
 
 FP16_MAX = torch.finfo(torch.float16).max
+LARGEST = 1e18
+"""Largest magnitude of q, k and v: dot products of larger ones may not fit float32, and their softmax would be nan."""
 
 
 class Field(NamedTuple):
@@ -50,7 +52,7 @@ class Compressor:
     def largest(self) -> float:
         """Largest magnitude of K and V that can be stored: scales and zeros are float16 where there are codes."""
         coded = self.runtime.needs_planes or self.value_bits
-        return FP16_MAX if coded else torch.finfo(self.model.torch_dtype).max
+        return FP16_MAX if coded else min(torch.finfo(self.model.torch_dtype).max, LARGEST)
 
     def fields(self) -> dict[str, Field]:
         """Name, shape and dtype of each tensor of one block."""

@@ -39,6 +39,11 @@ class AttentionConfig:
         check_fields(self, "runtime.attention")
         for name in ("read_fraction", "prune_fraction", "epsilon"):
             within("runtime.attention.", name, getattr(self, name), 0.0, 1.0)
+        if self.mode == "top_k" and self.score == "planes" and self.prune_fraction < self.read_fraction:
+            raise ConfigError(
+                f"runtime.attention.prune_fraction: expected at least read_fraction ({self.read_fraction}), since "
+                f"tokens are chosen from the blocks it leaves, got {self.prune_fraction}"
+            )
         if self.mode == "mass" and self.score == "quest":
             raise ConfigError("runtime.attention.score: mode mass ranks tokens, so it needs 'planes', got 'quest'")
         if self.mode == "mass" and self.prune_fraction != 1.0:

@@ -22,7 +22,7 @@ from pikv_megatron.checks import (
     check_request_id,
     check_tensor,
 )
-from pikv_megatron.compressor import Compressor
+from pikv_megatron.compressor import LARGEST, Compressor
 from pikv_megatron.tiers import build_tiers, resident
 
 
@@ -54,6 +54,7 @@ class ExpertKVCache:
         self._pool: BlockPool | None = None
         self._tables: dict[int, list[BlockTable]] = {}
         self._view = False
+        self._seen: dict[BlockPool, int] = {}
 
     @classmethod
     def view(
@@ -67,6 +68,8 @@ class ExpertKVCache:
         """A read-only shard over blocks that others hold, one list of tables per request."""
         shard = cls(model, runtime, layer_id, expert_id)
         shard._tables, shard._view = tables, True
+        pools = {table.pool for held in tables.values() for table in held}
+        shard._seen = {pool: pool.generation for pool in pools}
         return shard
 
     @property
@@ -142,7 +145,7 @@ class ExpertKVCache:
             self.model.torch_dtype,
             self.runtime.torch_device,
         )
-        check_finite("q", q, self.runtime, torch.finfo(q.dtype).max)
+        check_finite("q", q, self.runtime, min(torch.finfo(q.dtype).max, LARGEST))
         rows = group_rows(q, self.model.num_query_groups)
         partials = []
         for table in tables:
@@ -166,6 +169,11 @@ class ExpertKVCache:
         del self._tables[request_id]
 
     def _request(self, request_id: int) -> list[BlockTable]:
+        if any(pool.generation != seen for pool, seen in self._seen.items()):
+            raise RuntimeError(
+                f"this view of layer {self.layer_id}, expert {self.expert_id} is out of date: its cache has sealed or "
+                "released blocks since; take a new one with expert_shard"
+            )
         if request_id not in self._tables:
             raise UnknownRequestError(
                 f"request {request_id} has no blocks of layer {self.layer_id}, expert {self.expert_id}"

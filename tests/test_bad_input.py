@@ -157,8 +157,10 @@ def test_what_float16_scales_cannot_hold(codec, changes):
 
 def test_without_codes_large_numbers_are_fine():
     cache = _cache("none")
-    cache.append(0, _with(K, 1e30), _with(V, -1e30))
-    assert cache.retrieve(0).k.amax() == 1e30
+    cache.append(0, _with(K, 1e18), _with(V, -1e18))
+    assert cache.retrieve(0).k.amax() == 1e18
+    for bad in (lambda: cache.append(0, _with(K, 2e18), V), lambda: cache.attend(0, _with(Q, 2e18))):
+        _refuses(cache, bad, ValueError, "magnitude at most 1e+18", "2e+18")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

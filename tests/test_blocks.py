@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 
 import pytest
 import torch
@@ -123,3 +124,14 @@ def test_a_table_keeps_list_and_tensor_alike():
         assert len(table) == len(expected)
     assert table.clear() == expected
     assert len(table) == table.tensor.numel() == 0
+
+
+def test_asking_for_few_blocks_does_not_copy_the_free_list():
+    """Every append asks, mostly for none."""
+    pool = _pool(blocks=200_000, importance=False)
+    tracemalloc.start()
+    pool.allocate(0)
+    assert pool.allocate(2) == [0, 1]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000

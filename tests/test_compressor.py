@@ -103,8 +103,8 @@ def test_float16_models_never_get_infinity_back(codec):
 
 
 def test_the_largest_number_that_can_be_stored():
-    assert Compressor(model_config(), runtime_config("none")).largest == torch.finfo(torch.float32).max
-    assert Compressor(model_config(dtype="bfloat16"), runtime_config()).largest == torch.finfo(torch.bfloat16).max
+    assert Compressor(model_config(), runtime_config("none")).largest == 1e18
+    assert Compressor(model_config(dtype="bfloat16"), runtime_config()).largest == 1e18
     for runtime in (runtime_config("int8"), runtime_config(**TOP_K)):
         assert Compressor(model_config(), runtime).largest == FP16_MAX == 65504
     only_values = runtime_config({"values": "int8"})

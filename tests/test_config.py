@@ -103,6 +103,12 @@ WRONG = [
     ("runtime", {"attention": {"epsilon": float("nan")}}, "runtime.attention.epsilon", "nan"),
     ("runtime", {"attention": {"epsilon": "1e-3"}}, "runtime.attention.epsilon", "'1e-3'"),
     ("runtime", {"attention": {"mode": "mass", "score": "quest"}}, "runtime.attention.score", "'quest'"),
+    (
+        "runtime",
+        {"attention": {"mode": "top_k", "read_fraction": 0.5, "prune_fraction": 0.1}},
+        "runtime.attention.prune_fraction",
+        "0.1",
+    ),
     ("runtime", {"attention": {"mode": "mass", "prune_fraction": 0.5}}, "runtime.attention.prune_fraction", "0.5"),
     ("runtime", {"codec": {"keys": "int3"}}, "runtime.codec.keys", "'int3'"),
     ("runtime", {"codec": {"keys": 8}}, "runtime.codec.keys", "8"),

@@ -175,3 +175,19 @@ def test_a_view_is_read_only():
     for layer_id, expert_id in ((2, 0), (0, 4)):
         with pytest.raises(IndexError):
             cache.expert_shard(layer_id, expert_id)
+
+
+def test_a_view_ends_when_the_cache_moves_on():
+    """A block that another request has taken must not be read under the old one's name."""
+    cache = PiKVCache(model_config(num_layers=1, num_experts=1, topk=1), runtime_config())
+    k, v = random_kv(cache.model, 40, generator(1))
+    cache.append(0, k, v, 7)
+    cache.observe_routing(0, torch.zeros(40, 1, dtype=torch.int64), torch.ones(40, 1), 7)
+    shard = cache.expert_shard(0, 0)
+    assert shard.retrieve(7)[0].shape[0] > 0
+    cache.release(7)
+    cache.append(0, k + 1, v + 1, 8)
+    with pytest.raises(RuntimeError, match=r"layer 0, expert 0 is out of date"):
+        shard.retrieve(7)
+    with pytest.raises(RuntimeError, match=r"out of date"):
+        shard.attend(random_q(cache.model, 1, generator(2)), 7)

@@ -202,3 +202,15 @@ def test_reading_and_measuring_change_nothing():
     for state in (before, after):
         del state["stats"]["reads"]
     assert after == before
+
+
+def test_update_labels_but_does_not_seal_yet():
+    """An attend after update sees the raw tokens, and a budget the attention that they receive."""
+    model = model_config(num_layers=1)
+    cache = PiKVCache(model, runtime_config("int4"))
+    k, v = random_kv(model, 40, generator(4))
+    cache.update(0, range(40), k, v, expert_ids=torch.full((40, model.topk), 3))
+    assert torch.equal(cache.retrieve(0).k, k)
+    cache.update(0, 40, k[0], v[0])
+    assert set(_labels(cache, 0)) == {3}
+    assert not torch.equal(cache.retrieve(0).k[:40], k)

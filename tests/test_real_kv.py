@@ -23,7 +23,7 @@ QUERIES = 24
 MODES: dict[str, dict[str, Any]] = {
     "top_k 12.5 %": {"mode": "top_k", "read_fraction": 0.125},
     "top_k 25 %": {"mode": "top_k", "read_fraction": 0.25},
-    "best blocks 25 %": {"mode": "top_k", "read_fraction": 1.0, "prune_fraction": 0.25},
+    "best blocks 25 %": {"mode": "top_k", "read_fraction": 0.25, "prune_fraction": 0.25},
     "quest 12.5 %": {"mode": "top_k", "read_fraction": 0.125, "score": "quest"},
     "quest 25 %": {"mode": "top_k", "read_fraction": 0.25, "score": "quest"},
     "mass 5 %": {"mode": "mass", "epsilon": 0.05},
@@ -168,7 +168,7 @@ def test_planes_recall_more_mass_than_quest(measured, codec, share):
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_whole_blocks_are_better_chosen_than_by_quest(measured, codec):
-    """The score between bound and centre, on the same bounds: more mass in as many tokens."""
+    """The score between bound and centre, on the same bounds: more mass in no more tokens."""
     ours, quest = measured[codec, "best blocks 25 %"], measured[codec, "quest 25 %"]
-    assert ours.share_read == quest.share_read
+    assert ours.share_read <= quest.share_read
     assert ours.missed.mean() < 0.98 * quest.missed.mean()

@@ -1,30 +1,68 @@
-"""The one seam between the cache and its ops: a compiled `torch.ops.pikv.*` where it is registered, else the
-plain-torch reference.
+"""The one seam between the cache and its ops: the compiled `torch.ops.pikv.*`, or the plain-torch reference.
 
-`PIKV_OPS=reference` forces the reference. `backend` says what each op resolved to.
+`PIKV_OPS` chooses: `reference`, a kernel set (`scalar`, `avx2`, `avx512`), or `auto`, the widest that this processor
+has. `backend` says what each op resolved to, `kernel_set` which kernels run.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from pikv_megatron.ops import reference
+from pikv_megatron.ops import kernels, reference
 from pikv_megatron.ops.reference import BlockScores, Keys, Partial, TokenScores, Values
 
+log = logging.getLogger(__name__)
+
+CHOICES = ("auto", "reference", "scalar", "avx2", "avx512")
+choice = os.environ.get("PIKV_OPS", "auto")
+if choice not in CHOICES:
+    raise ValueError(f"PIKV_OPS: expected one of {', '.join(CHOICES)}, got {choice!r}")
+
+
+def use_kernels(name: str) -> str:
+    """Makes a kernel set run from now on, in every op that has kernels; returns its name.
+
+    Args:
+        name: scalar, avx2, avx512, or auto for the widest that this processor has.
+
+    Raises:
+        RuntimeError: this processor or build has no such set.
+    """
+    return str(torch.ops.pikv.use_kernels(name))
+
+
+def _load() -> str | None:
+    """Loads the compiled ops; returns the name of the kernel set that runs, or None for the reference."""
+    if choice == "reference":
+        return None
+    libraries = sorted(Path(__file__).parents[1].glob("_ops*.so"))
+    if not libraries:
+        if choice != "auto" or os.environ.get("PIKV_REQUIRE_EXT") == "1":
+            raise ImportError(
+                f"PIKV_OPS is {choice!r}, PIKV_REQUIRE_EXT {os.environ.get('PIKV_REQUIRE_EXT')!r}, but the compiled "
+                "ops are not built: install a C++ compiler, then `make install`"
+            )
+        log.warning("the compiled ops are not built: plain torch is used, which is slower (see `make install`)")
+        return None
+    torch.ops.load_library(libraries[0])
+    kernels.register_fakes()
+    return use_kernels(choice)
+
+
+kernel_set = _load()
 backend: dict[str, str] = {}
 
 
 def _resolve(name: str) -> Callable[..., Any]:
-    choice = os.environ.get("PIKV_OPS", "auto")
-    if choice not in ("auto", "reference"):
-        raise ValueError(f"PIKV_OPS: expected 'auto' or 'reference', got {choice!r}")
-    kernel = getattr(torch.ops.pikv, name, None) if choice == "auto" else None
-    backend[name] = "reference" if kernel is None else "kernel"
-    return getattr(reference, name) if kernel is None else kernel
+    compiled = None if kernel_set is None else getattr(kernels, name, None)
+    backend[name] = "reference" if compiled is None else "kernel"
+    return getattr(reference, name) if compiled is None else compiled
 
 
 quantize_block = _resolve("quantize_block")
@@ -56,11 +94,13 @@ __all__ = [
     "backend",
     "block_bounds",
     "dequantize_block",
+    "kernel_set",
     "key_logits",
     "merge_partials",
     "quantize_block",
     "score_blocks",
     "score_tokens",
     "token_importance",
+    "use_kernels",
     "window_importance",
 ]

@@ -1,4 +1,4 @@
-"""The ops under test, once per backend: the plain-torch reference, and the kernels where the package has some."""
+"""The ops under test, once per backend: the plain-torch reference, and each kernel set that runs here."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ class _Kernels:
         return getattr(pikv_megatron.ops if name in pikv_megatron.ops.backend else reference, name)
 
 
-BACKENDS = {"reference": reference}
-if "kernel" in pikv_megatron.ops.backend.values():
-    BACKENDS["kernel"] = _Kernels()
-
-
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=["reference", "scalar", "avx2", "avx512"])
 def ops(request):
-    return BACKENDS[request.param]
+    if request.param == "reference":
+        yield reference
+        return
+    running = pikv_megatron.ops.kernel_set
+    if running is None:
+        pytest.skip("the compiled ops are not built")
+    try:
+        pikv_megatron.ops.use_kernels(request.param)
+    except RuntimeError:
+        pytest.skip(f"this processor has no {request.param}")
+    yield _Kernels()
+    pikv_megatron.ops.use_kernels(running)
