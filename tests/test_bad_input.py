@@ -6,6 +6,7 @@ waiting for its routing. Before and after, everything the cache holds is compare
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -159,8 +160,9 @@ def test_without_codes_large_numbers_are_fine():
     cache = _cache("none")
     cache.append(0, _with(K, 1e18), _with(V, -1e18))
     assert cache.retrieve(0).k.amax() == 1e18
-    for bad in (lambda: cache.append(0, _with(K, 2e18), V), lambda: cache.attend(0, _with(Q, 2e18))):
-        _refuses(cache, bad, ValueError, "magnitude at most 1e+18", "2e+18")
+    for bad in (lambda c: c.append(0, _with(K, 2e18), V), lambda c: c.attend(0, _with(Q, 2e18))):
+        cache = _cache("none")
+        _refuses(cache, functools.partial(bad, cache), ValueError, "magnitude at most 1e+18", "2e+18")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
