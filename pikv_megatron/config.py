@@ -86,6 +86,11 @@ class ModelConfig:
         for layer_id in self.moe_layers or ():
             if not 0 <= layer_id < self.num_layers:
                 raise ConfigError(f"model.moe_layers: expected ids in 0 .. {self.num_layers - 1}, got {layer_id}")
+        if self.moe_layers is not None:
+            if list(self.moe_layers) != sorted(set(self.moe_layers)):
+                raise ConfigError(f"model.moe_layers: expected ascending ids, each once, got {list(self.moe_layers)}")
+            if len(self.moe_layers) == self.num_layers:
+                object.__setattr__(self, "moe_layers", None)  # one way to say it: equal models compare equal
 
     @property
     def heads_per_group(self) -> int:

@@ -412,3 +412,9 @@ def test_dense_layers_of_hugging_face_configs():
     assert ModelConfig.from_huggingface({**shape, "first_k_dense_replace": 2}).moe_layers == (2, 3, 4, 5)
     assert ModelConfig.from_huggingface({**shape, "mlp_only_layers": [0, 3]}).moe_layers == (1, 2, 4, 5)
     assert ModelConfig.from_huggingface({**shape, "decoder_sparse_step": 2}).moe_layers == (1, 3, 5)
+
+
+def test_all_layers_named_is_all_layers():
+    assert ModelConfig(num_layers=3, moe_layers=(0, 1, 2)) == ModelConfig(num_layers=3)
+    with pytest.raises(ConfigError, match=r"model.moe_layers: expected ascending ids, each once, got \[2, 1, 1\]"):
+        ModelConfig(num_layers=3, moe_layers=(2, 1, 1))

@@ -8,9 +8,11 @@ import os
 import sys
 from collections.abc import Sequence
 
+from pikv_megatron.blocks import PoolFullError
 from pikv_megatron.checks import UnknownRequestError
 from pikv_megatron.cli import demo, generate
 
+USER_ERRORS = (ValueError, TypeError, OSError, UnknownRequestError, PoolFullError, ImportError, NotImplementedError)
 COMMANDS = {"generate": generate, "demo": demo}
 
 
@@ -26,7 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
     try:
         return COMMANDS[args.command].run(args)
-    except (ValueError, TypeError, OSError, UnknownRequestError, ImportError, NotImplementedError) as error:
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+        UnknownRequestError,
+        PoolFullError,
+        ImportError,
+        NotImplementedError,
+    ) as error:
         if args.verbose:
             raise
         print(f"pikv {args.command}: error: {error}", file=sys.stderr)

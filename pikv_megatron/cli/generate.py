@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("max_new_tokens", "chunk", "threads"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
-    if args.temperature < 0:
+    if not 0 <= args.temperature < float("inf"):
         raise ValueError(f"--temperature: expected at least 0, got {args.temperature}")
     prompt = _read_prompt(args)
     model_cfg, runtime = read_config(args.config, args.set)

@@ -50,7 +50,9 @@ def install() -> None:
             "call install() before the first `import megatron`"
         )
     if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
-        raise ModuleNotFoundError("cpu_compat.install(): megatron-core is not installed; see README, 'Installing'")
+        raise ModuleNotFoundError(
+            "cpu_compat.install(): megatron-core is not installed; run `make install`, which CONTRIBUTING.md explains"
+        )
     # jit.py:21 (jit_fuser = torch.compile) and router.py:918.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if "torch._dynamo" in sys.modules:  # it reads the variable when it is imported

@@ -63,6 +63,8 @@ def test_sampling_follows_its_seed(capsys):
         (["--prompt-file", "/does/not/exist"], "No such file"),
         (["--prompt", "x", "--model", "/does/not/exist"], "/does/not/exist"),
         (["--prompt", "x", "--temperature", "-1"], "--temperature: expected at least 0"),
+        (["--prompt", "x", "--temperature", "nan"], "--temperature: expected at least 0"),
+        (["--prompt", "x " * 150, "--set", "tiers=[{kind: device, bytes: 100000}]"], "are free; release requests"),
     ],
 )
 def test_generate_refuses(argv, message, capsys):
