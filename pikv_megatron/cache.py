@@ -17,6 +17,7 @@ from pikv_megatron import checks, ops
 from pikv_megatron import config as configs
 from pikv_megatron.attention import Attention
 from pikv_megatron.blocks import BlockTable, PoolFullError, keeps_tensors
+from pikv_megatron.budget import layer_budgets
 from pikv_megatron.compressor import LARGEST, Compressor
 from pikv_megatron.expert_cache import ExpertKVCache, gather_decoded, group_rows, ungroup
 from pikv_megatron.metrics import ReadMeter, cache_stats
@@ -86,10 +87,9 @@ class PiKVCache:
         self.compressor = Compressor(self.model, self.runtime)
         self.placement = Placement(self.model, self.runtime)
         self.streamer = Streamer()
-        self._sealer_args = (self.model, self.runtime, self.compressor)
-        Sealer(*self._sealer_args, [], self.streamer)  # budgets are checked before memory is taken
-        self.tiers = build_tiers(*self._sealer_args)
-        self._sealer = Sealer(*self._sealer_args, self.tiers, self.streamer)
+        layer_budgets(self.model, self.runtime)  # refuses a bad budget before memory is taken
+        self.tiers = build_tiers(self.model, self.runtime, self.compressor)
+        self._sealer = Sealer(self.model, self.runtime, self.compressor, self.tiers, self.streamer)
         self._windows = [WindowBuffer(self.model, self.runtime) for _ in range(self.model.num_layers)]
         self._free_slots = list(range(self.runtime.max_requests))
         self._requests: dict[int, _Request] = {}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from pikv_megatron.config import ModelConfig, RuntimeConfig, load
+from pikv_megatron.config import ModelConfig, RuntimeConfig, check_same_model, load
 from pikv_megatron.config_io import ConfigError, read_yaml
 
 if TYPE_CHECKING:
@@ -78,7 +78,6 @@ def megatron_model(path: str | Path, model: ModelConfig | None, threads: int) ->
     init_megatron()
     dtype = torch.float32 if model is None else model.torch_dtype
     built = hf_weights.load_mixtral(path, dtype=dtype)
-    seen = megatron.model_config(built)
-    if model is not None and model != seen:
-        raise ConfigError(f"model: the config describes {model}, {path} holds {seen}")
+    if model is not None:
+        check_same_model(model, megatron.model_config(built))
     return built

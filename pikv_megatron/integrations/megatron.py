@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron.core.inference.config import InferenceConfig
@@ -26,7 +24,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from pikv_megatron.config import ModelConfig, RuntimeConfig, load, resolve
+from pikv_megatron.config import ModelConfig, RuntimeConfig, resolve
 from pikv_megatron.integrations.megatron_contexts import (
     DispatchListener,
     PiKVDynamicInferenceContext,
@@ -190,7 +188,7 @@ def attach(model: nn.Module, config: RuntimeSource = None) -> Attachment:
     if already:
         raise RuntimeError(f"model: already on PiKV ({already[0]} is hooked); detach(model) first")
     model_cfg = model_config(model)
-    runtime_cfg = _runtime(config, model_cfg)
+    runtime_cfg = resolve(model_cfg, config)[1]
     for name, layer in layers:
         if isinstance(layer, Attention):
             check_attention(name, type(layer))
@@ -228,19 +226,3 @@ def _layers(model: nn.Module) -> list[tuple[str, Any]]:
         if isinstance(module, MoELayer):
             found.extend((f"{name}.{type(d).__name__}", d) for d in dispatchers(module))
     return found
-
-
-def _runtime(config: RuntimeSource, model_cfg: ModelConfig) -> RuntimeConfig:
-    """The runtime part of what a user passes; a section `model` in it must be this model's."""
-    runtime_cfg = resolve(model_cfg, config)[1]
-    given = None
-    if isinstance(config, (str, Path)) or (isinstance(config, Mapping) and "model" in config):
-        given = load(config)[0]
-    if given is not None and given != model_cfg:
-        differs = ", ".join(
-            f"{f.name}: {getattr(given, f.name)!r} here, {getattr(model_cfg, f.name)!r} in the model"
-            for f in dataclasses.fields(ModelConfig)
-            if getattr(given, f.name) != getattr(model_cfg, f.name)
-        )
-        raise ValueError(f"config: its section model is for another model ({differs})")
-    return runtime_cfg

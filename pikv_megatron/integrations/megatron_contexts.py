@@ -7,7 +7,6 @@ layers. Neither context ever allocates Megatron's full-precision KV memory.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,8 +21,6 @@ from torch import Tensor
 from pikv_megatron.cache import PiKVCache
 from pikv_megatron.config import ModelConfig, RuntimeConfig, Source, resolve
 from pikv_megatron.integrations.megatron_support import check_config, check_inference_config
-
-log = logging.getLogger(__name__)
 
 ModelSource = ModelConfig | Source
 RuntimeSource = RuntimeConfig | Source | None

@@ -56,7 +56,7 @@ def test_sampling_follows_its_seed(capsys):
         (["--prompt", "x", "--set", "attention.mod=exact"], "did you mean 'mode'?"),
         (["--prompt", "x", "--set", "attention"], "expected key.path=value"),
         (["--prompt", "x", "--set", "window.size=3"], "window is not a section"),
-        (["--prompt", "x", "--set", "model.topk=1"], "the config describes"),
+        (["--prompt", "x", "--set", "model.topk=1"], "is for another model (topk: 1 here, 2 in the model)"),
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens: expected at least 1"),
         (["--prompt", "x" * 40, "--set", "max_tokens=64"], "exceed max_tokens 64"),
         (["--prompt", ""], "expected some text"),
