@@ -13,13 +13,14 @@ EXTRAS ?= megatron,hf,dev
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
-BENCHMARKS ?= $(sort $(wildcard benchmarks/[a-z]*.py))
+BENCHMARKS ?= $(sort $(wildcard benchmarks/bench_*.py benchmarks/decode_*.py))
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input -qq
 CONSTRAINTS := requirements/constraints.txt
 CSRC := $(wildcard csrc/*.cpp csrc/cpu/* csrc/include/pikv/*)
 STAMP := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all lint format bench clean distclean
@@ -67,7 +68,14 @@ format: $(STAMP) ## let ruff format the code and mend what it can
 	@$(PY) -m ruff check --quiet --fix . || true
 	@$(PY) -m ruff format .
 
-bench: $(STAMP) ## every benchmark, one after another (BENCHMARKS='benchmarks/one.py' for one)
+# What the benchmarks compare with. No requirement of theirs is followed, so torch stays as it is; hqq would build its
+# CUDA kernels wherever it finds nvcc, DISABLE_CUDA stops it.
+$(PEERS): requirements/bench.txt $(STAMP)
+	@echo "installing the benchmarks' peers"
+	@DISABLE_CUDA=1 $(PIP) install $(PIP_ARGS) --no-deps --no-build-isolation -r $<
+	@touch $@
+
+bench: $(PEERS) ## every benchmark, one after another (BENCHMARKS='benchmarks/one.py' for one)
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(PY) $$script $(BENCH_ARGS); done
 
 clean: ## remove caches and build output

@@ -7,22 +7,19 @@ query heads of a group as query rows: what attention costs if nothing else does.
 cache.
 All figures come from one run, rounds interleaved, medians; ratios are what to read.
 
-    python benchmarks/decode_megatron.py [--contexts 1024 4096 16384 32768] [--steps 7] [--threads 2]
+    python benchmarks/decode_megatron.py [--contexts 1024 4096 16384 32768] [--rounds 7] [--threads 2]
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import torch
 import torch.nn.functional as F
+from common import Mark, machine, medians, parser, print_marks
 
 if not torch.cuda.is_available():
     from pikv_megatron.integrations import cpu_compat
@@ -65,54 +62,60 @@ PIKV = {
         "attention": {"mode": "top_k", "read_fraction": 0.0625, "prune_fraction": 0.25},
     },
 }
+MARKS = {"PiKV exact, INT8": 30, "PiKV top_k 6.25 %": 60, "PiKV top_k 6.25 %, INT8": 60}
 CHUNK = 2048
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384, 32768])
-    parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    made = parser(__doc__ or "", threads=[torch.get_num_threads()], rounds=7)
+    made.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384, 32768])
+    args = made.parse_args()
+    if len(args.threads) != 1:
+        made.error("--threads: expected one number here")
+    if args.device.type == "cpu" and torch.cuda.is_available():
+        made.error("--device: expected cuda, since Megatron-core uses the GPU wherever there is one")
+    torch.set_num_threads(args.threads[0])
     torch.manual_seed(0)
     init_megatron()
-    print(f"{_machine()}, {args.threads} threads, torch {torch.__version__}, on CPU; medians of {args.steps} steps, ms")
+    print(f"{machine(args.device)}; {args.threads[0]} threads; medians of {args.rounds} steps, ms")
     columns: dict[str, dict[int, float]] = {}
-    stock_model = hf_weights.build_model(SHAPE).eval()
-    model = hf_weights.build_model(SHAPE).eval()
+    stock_model = hf_weights.build_model(SHAPE).to(args.device).eval()
+    model = hf_weights.build_model(SHAPE).to(args.device).eval()
     model.load_state_dict(stock_model.state_dict())
     model_cfg = megatron.attach(model).model_cfg
     for context in args.contexts:
-        for name, seconds in measure(stock_model, model, model_cfg, context, args.steps).items():
+        for name, seconds in measure(stock_model, model, model_cfg, context, args.rounds, args.device).items():
             columns.setdefault(name, {})[context] = seconds
     _print(columns, args.contexts)
-
-
-def _machine() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    stock = columns["stock static context"]
+    print_marks(
+        [
+            Mark(f"{name} at 32,768, x stock", ">=", wanted, stock[32768] / columns[name][32768])
+            for name, wanted in MARKS.items()
+            if 32768 in args.contexts
+        ]
+    )
 
 
 def measure(
-    stock_model: GPTModel, model: GPTModel, model_cfg: ModelConfig, context: int, steps: int
+    stock_model: GPTModel, model: GPTModel, model_cfg: ModelConfig, context: int, steps: int, device: torch.device
 ) -> dict[str, float]:
     """Median seconds of a decode step at `context` tokens, by cache. `model` is attached, with the same weights."""
     room = context + steps + 2
-    keys = [torch.randn(context, 1, GROUPS, DIM) for _ in range(LAYERS)]  # before RoPE, as the stock context keeps them
-    values = [torch.randn(context, 1, GROUPS, DIM) for _ in range(LAYERS)]
+    shape = (context, 1, GROUPS, DIM)
+    keys = [torch.randn(shape, device=device) for _ in range(LAYERS)]  # before RoPE, as the stock context keeps them
+    values = [torch.randn(shape, device=device) for _ in range(LAYERS)]
     turned = [_rotate(stock_model, key) for key in keys]
 
     sessions = {"stock static context": Session(stock_model, _stock(keys, values, room))}
     for name, options in PIKV.items():
-        runtime = RuntimeConfig.from_dict({"max_tokens": room, "max_requests": 1, **options})
+        runtime = RuntimeConfig.from_dict({"device": device.type, "max_tokens": room, "max_requests": 1, **options})
         filled = megatron.PiKVInferenceContext(model_cfg, runtime, 1, room)
         _fill(filled, turned, values)
         sessions[name] = Session(model, filled)
-    small = RuntimeConfig(max_tokens=128, max_requests=1)
+    small = RuntimeConfig(device=device.type, max_tokens=128, max_requests=1)
     empty = Session(model, megatron.PiKVInferenceContext(model_cfg, small, 1, 128))
-    token = torch.zeros(1, 1, dtype=torch.int64)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     work: dict[str, Callable[[], object]] = {
         name: (lambda session=session: session.feed(token)) for name, session in sessions.items()
     }
@@ -123,13 +126,7 @@ def measure(
     difference = (first["PiKV exact"] - first["stock static context"]).abs().max()  # type: ignore[operator]
     if not difference < 1e-3:
         raise RuntimeError(f"PiKV exact and stock differ by {difference} in their logits at {context} tokens")
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(steps):
-        for name, call in work.items():
-            began = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    return medians(work, steps, device)
 
 
 def _rotate(model: GPTModel, key: torch.Tensor) -> torch.Tensor:
@@ -140,7 +137,7 @@ def _rotate(model: GPTModel, key: torch.Tensor) -> torch.Tensor:
 def _stock(keys: list[torch.Tensor], values: list[torch.Tensor], room: int) -> StaticInferenceContext:
     context = StaticInferenceContext(1, room)
     for layer, pair in enumerate(zip(keys, values, strict=True)):
-        memory = tuple(torch.zeros(room, *x.shape[1:]) for x in pair)
+        memory = tuple(x.new_zeros(room, *x.shape[1:]) for x in pair)
         for whole, part in zip(memory, pair, strict=True):
             whole[: len(part)] = part
         context.key_value_memory_dict[layer + 1] = memory
@@ -152,14 +149,14 @@ def _fill(context: megatron.PiKVInferenceContext, keys: list[torch.Tensor], valu
     for layer in range(LAYERS):
         for k, v in zip(keys[layer].split(CHUNK), values[layer].split(CHUNK), strict=True):
             context.cache.append(layer, k[:, 0], v[:, 0])
-            routing = torch.zeros(len(k), 2, dtype=torch.int64), torch.full((len(k), 2), 0.5)
+            routing = k.new_zeros(len(k), 2, dtype=torch.int64), k.new_full((len(k), 2), 0.5)
             context.cache.observe_routing(layer, *routing)
     context.increment_sequence_len_offset(len(keys[0]))
 
 
 def _sdpa(keys: list[torch.Tensor], values: list[torch.Tensor]) -> Callable[[], None]:
     pairs = [tuple(x.permute(1, 2, 0, 3).contiguous() for x in pair) for pair in zip(keys, values, strict=True)]
-    query = torch.randn(1, GROUPS, HEADS // GROUPS, DIM)
+    query = torch.randn(1, GROUPS, HEADS // GROUPS, DIM, device=keys[0].device)
 
     def run() -> None:
         for k, v in pairs:

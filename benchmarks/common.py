@@ -1,0 +1,113 @@
+"""What the benchmark scripts share: arguments, devices, timing, tables, marks and the line that names the machine.
+
+All calls of a script are timed in one run, in rounds in which each has its turn, so that a slow minute of the machine
+hits all alike; medians are reported, and ratios are what to read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from pikv_megatron import ops
+
+FEWEST_ROUNDS = 3
+PATIENCE = 5.0
+"""Seconds after which a call takes no further part in the rounds, once it has had FEWEST_ROUNDS."""
+
+Work = Mapping[str, Callable[[], object]]
+
+
+def parser(doc: str, *, threads: Sequence[int], rounds: int) -> argparse.ArgumentParser:
+    """The arguments that every script has: --device, --threads, --rounds."""
+    made = argparse.ArgumentParser(description=doc.split("\n")[0])
+    made.add_argument("--device", type=_device, default=torch.device("cpu"), help="cpu or cuda")
+    made.add_argument("--threads", type=int, nargs="+", default=list(threads), help="CPU threads, one column each")
+    made.add_argument("--rounds", type=int, default=rounds, help="how often each call is timed")
+    return made
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(
+            f"torch {torch.__version__} finds no CUDA device here: run this on a machine with one, with a CUDA build"
+        )
+    return torch.device(name)
+
+
+def machine(device: torch.device | None = None) -> str:
+    """The processor or GPU, torch's version, and what runs our ops."""
+    if device is not None and device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    return (
+        f"{names[0] if names else platform.processor()}, torch {torch.__version__}, on CPU, "
+        f"our ops: {ops.kernel_set or 'plain torch'}"
+    )
+
+
+def keep_memory() -> None:
+    """Lets malloc keep what was freed (glibc): fresh memory costs more than most of what is timed, for all alike."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_max = -1, -4
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def medians(work: Work, rounds: int, device: torch.device | None = None) -> dict[str, float]:
+    """Median seconds of each call. Every call must have run once before: nothing here is a warm-up."""
+    synchronize = torch.cuda.synchronize if device is not None and device.type == "cuda" else lambda: None
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, call in work.items():
+            if len(times[name]) >= FEWEST_ROUNDS and sum(times[name]) > PATIENCE:
+                continue
+            synchronize()
+            began = time.perf_counter()
+            call()
+            synchronize()
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def print_table(head: Sequence[str], rows: Mapping[str, Sequence[str] | str], group: int = 0) -> None:
+    """One line per row: its name, then its cells under `head` with a gap before each `group`, or a remark instead."""
+    width = max(map(len, rows)) + 2
+
+    def line(name: str, cells: Sequence[str]) -> str:
+        gaps = ("   " if group and i % group == 0 else "" for i in range(len(cells)))
+        return f"{name:{width}}" + "".join(gap + f"{cell:>10}" for gap, cell in zip(gaps, cells, strict=True))
+
+    print(line("", head))
+    for name, cells in rows.items():
+        print(f"{name:{width}}   {cells}" if isinstance(cells, str) else line(name, cells).rstrip())
+
+
+class Mark(NamedTuple):
+    """A ratio that is to be reached. sign: `>=` or `<=`. got: None where what it compares is not installed."""
+
+    text: str
+    sign: str
+    wanted: float
+    got: float | None
+
+
+def print_marks(marks: Sequence[Mark]) -> None:
+    """One line per mark, and whether it was missed."""
+    for text, sign, wanted, got in marks:
+        if got is None:
+            print(f"mark: {text}: wanted {sign} {wanted:g}, got nothing: not installed")
+            continue
+        reached = got >= wanted if sign == ">=" else got <= wanted
+        print(f"mark: {text}: wanted {sign} {wanted:g}, got {got:.2f}{'' if reached else ', missed'}")
