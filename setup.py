@@ -6,9 +6,10 @@ error.
 
 import logging
 import os
+from subprocess import CalledProcessError
 
 from setuptools import Extension, setup
-from setuptools.errors import BaseError
+from setuptools.errors import BaseError, CompileError, LinkError
 
 SOURCES = [
     "csrc/bindings.cpp",
@@ -22,6 +23,10 @@ FLAGS = ["-O3", "-std=gnu++20", "-fvisibility=hidden", "-Wall"]
 # torch's stable ABI as of 2.13: the library serves every later version; Python it does not touch at all.
 MACROS = [("TORCH_TARGET_VERSION", "0x020d000000000000")]
 REQUIRED = os.environ.get("PIKV_REQUIRE_EXT") == "1"
+
+# How a compiler that is missing or fails shows: by what BuildExtension raises when it asks for its version, and by what
+# setuptools raises when it runs it, whose errors have no class in common.
+FAILURES = (OSError, RuntimeError, CalledProcessError, BaseError, CompileError, LinkError)
 
 
 def without_ops(reason: object) -> None:
@@ -43,7 +48,7 @@ def extension() -> dict[str, object]:
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()
-            except (OSError, RuntimeError, BaseError) as error:  # a compiler that is missing or fails
+            except FAILURES as error:
                 without_ops(error)
                 self.extensions = []
 
