@@ -1,7 +1,7 @@
 """One decode query over a long KV cache: ours exact, quantised and selective, SDPA, Megatron-core's and transformers'.
 
 Batch 1. `of bound`: the time of reading as many bytes once, in order, with the same threads (`sequential read`: the sum
-of a tensor as large as the INT8 blocks), over the row's time; given for what reads everything. `x int8`: the time of our
+of a tensor as large as the INT8 blocks), over the row's time; given for what reads everything. `x int8`: time of our
 exact INT8 attention over the row's. `read_selected` is what the cache calls: the same top_k with its estimate and
 certificate. Megatron's static context turns every cached key by RoPE at each step; its core attention alone is a row of
 its own.
