@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 from pikv_megatron.blocks import PoolFullError
 from pikv_megatron.checks import UnknownRequestError
-from pikv_megatron.cli import demo, generate
+from pikv_megatron.cli import demo, doctor, generate
 
 USER_ERRORS = (ValueError, TypeError, OSError, UnknownRequestError, PoolFullError, ImportError, NotImplementedError)
-COMMANDS = {"generate": generate, "demo": demo}
+COMMANDS = {"generate": generate, "demo": demo, "doctor": doctor}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
