@@ -43,7 +43,7 @@ def megatron_calls(q: Tensor, k: Tensor, v: Tensor) -> Calls:
     """
     names = ("Megatron static context", "Megatron core attention alone")
     try:
-        layer, angles = _megatron_layer(*q.shape, k.shape[2])
+        layer, angles = _megatron_layer(*q.shape, k.shape[2], q.device)
         from megatron.core.inference.contexts import StaticInferenceContext
         from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
     except ImportError:
@@ -66,7 +66,9 @@ def megatron_calls(q: Tensor, k: Tensor, v: Tensor) -> Calls:
     return dict(zip(names, (step, partial(layer.core_attention, query, keys, values, None)), strict=True))
 
 
-def _megatron_layer(groups: int, heads: int, dim: int, tokens: int) -> tuple[torch.nn.Module, Tensor]:
+def _megatron_layer(
+    groups: int, heads: int, dim: int, tokens: int, device: torch.device
+) -> tuple[torch.nn.Module, Tensor]:
     """The attention of a small model's only layer, and RoPE's table for `tokens` tokens."""
     warnings.filterwarnings("ignore", module=r"megatron\.")
     logging.getLogger("megatron").setLevel(logging.ERROR)
@@ -95,5 +97,5 @@ def _megatron_layer(groups: int, heads: int, dim: int, tokens: int) -> tuple[tor
         "hidden_act": "silu",
         "tie_word_embeddings": False,
     }
-    model = hf_weights.build_model(shape).eval()
+    model = hf_weights.build_model(shape).to(device).eval()
     return model.decoder.layers[0].self_attention, model.rotary_pos_emb(tokens)

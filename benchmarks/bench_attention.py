@@ -21,7 +21,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 import torch
 import torch.nn.functional as F
 from attention_hosts import megatron_calls, transformers_calls
-from common import Mark, keep_memory, machine, medians, parser, print_marks, print_table
+from common import Mark, keep_memory, machine, medians, parse, parser, print_marks, print_table
 from torch import Tensor
 
 from pikv_megatron import ops
@@ -45,7 +45,7 @@ class Work(NamedTuple):
 def main() -> None:
     made = parser(__doc__ or "", threads=(1, 2), rounds=9)
     made.add_argument("--context", type=int, default=32768)
-    args = made.parse_args()
+    args = parse(made)
     keep_memory()
     print(f"{machine(args.device)}; {args.context:,} tokens; medians of {args.rounds} rounds")
     for name, (groups, heads) in SHAPES.items():

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from common import Mark, Work, keep_memory, machine, medians, parser, print_marks, print_table
+from common import Mark, Work, keep_memory, machine, medians, parse, parser, print_marks, print_table
 from torch import Tensor
 
 from pikv_megatron import ops
@@ -37,7 +37,7 @@ KINDS = [
 def main() -> None:
     made = parser(__doc__ or "", threads=(1, 2), rounds=7)
     made.add_argument("--tokens", type=int, default=32768)
-    args = made.parse_args()
+    args = parse(made)
     logging.disable(logging.WARNING)  # the peers' remarks at import
     warnings.filterwarnings("ignore")
     keep_memory()

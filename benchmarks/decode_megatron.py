@@ -19,7 +19,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import torch
 import torch.nn.functional as F
-from common import Mark, machine, medians, parser, print_marks
+from common import Mark, machine, medians, parse, parser, print_marks
 
 if not torch.cuda.is_available():
     from pikv_megatron.integrations import cpu_compat
@@ -69,7 +69,7 @@ CHUNK = 2048
 def main() -> None:
     made = parser(__doc__ or "", threads=[torch.get_num_threads()], rounds=7)
     made.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384, 32768])
-    args = made.parse_args()
+    args = parse(made)
     if len(args.threads) != 1:
         made.error("--threads: expected one number here")
     if args.device.type == "cpu" and torch.cuda.is_available():
