@@ -5,8 +5,6 @@ Each function takes q [G, heads, D] and K, V [1, G, S, D] and returns calls by n
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -70,8 +68,6 @@ def _megatron_layer(
     groups: int, heads: int, dim: int, tokens: int, device: torch.device
 ) -> tuple[torch.nn.Module, Tensor]:
     """The attention of a small model's only layer, and RoPE's table for `tokens` tokens."""
-    warnings.filterwarnings("ignore", module=r"megatron\.")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         from pikv_megatron.integrations import cpu_compat
 

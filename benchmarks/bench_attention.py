@@ -11,6 +11,7 @@ its own.
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +22,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 import torch
 import torch.nn.functional as F
 from attention_hosts import megatron_calls, transformers_calls
-from common import Mark, keep_memory, machine, medians, parse, parser, print_marks, print_table
+from common import Mark, keep_memory, machine, medians, parse, parser, print_marks, print_table, quiet
 from torch import Tensor
 
 from pikv_megatron import ops
@@ -46,8 +47,9 @@ def main() -> None:
     made = parser(__doc__ or "", threads=(1, 2), rounds=9)
     made.add_argument("--context", type=int, default=32768)
     args = parse(made)
+    quiet()
     keep_memory()
-    print(f"{machine(args.device)}; {args.context:,} tokens; medians of {args.rounds} rounds")
+    print(f"{machine(args)}; {args.context:,} tokens; medians of {args.rounds} rounds")
     for name, (groups, heads) in SHAPES.items():
         torch.manual_seed(0)
         work = all_calls(groups, heads, args.context, args.device)
@@ -58,14 +60,14 @@ def main() -> None:
             print_marks(marks(columns[1], work))
 
 
-def run(work: Work, threads: int, args) -> dict[str, float]:
+def run(work: Work, threads: int, args: argparse.Namespace) -> dict[str, float]:
     """Median seconds of every call with that many threads."""
     torch.set_num_threads(threads)
     calls = {name: call for name, call in work.calls.items() if call}
     with torch.inference_mode():
         for call in calls.values():
             call()
-        return medians(calls, args.rounds, args.device)
+        return medians(calls, args, threads)
 
 
 def report(work: Work, columns: dict[int, dict[str, float]]) -> None:

@@ -11,14 +11,13 @@ copy_).
 
 from __future__ import annotations
 
+import argparse
 import ctypes
-import logging
-import warnings
 from collections.abc import Callable
 from functools import partial
 
 import torch
-from common import Mark, Work, keep_memory, machine, medians, parse, parser, print_marks, print_table
+from common import Mark, Work, keep_memory, machine, medians, parse, parser, print_marks, print_table, quiet
 from torch import Tensor
 
 from pikv_megatron import ops
@@ -29,6 +28,7 @@ WHAT = ("keys", "values", "per token")
 Calls = dict[str, Callable[[], object] | None]
 """Calls by name; None: its package is not installed."""
 KINDS = [
+    "read alone",
     "copy",
     *(f"{way} int{bits} {what}" for way in ("quantise", "dequantise") for bits in (8, 4) for what in WHAT),
 ]
@@ -38,8 +38,7 @@ def main() -> None:
     made = parser(__doc__ or "", threads=(1, 2), rounds=7)
     made.add_argument("--tokens", type=int, default=32768)
     args = parse(made)
-    logging.disable(logging.WARNING)  # the peers' remarks at import
-    warnings.filterwarnings("ignore")
+    quiet()
     keep_memory()
     torch.manual_seed(0)
     x = torch.randn(args.tokens // BLOCK, GROUPS, BLOCK, DIM, device=args.device)
@@ -50,7 +49,7 @@ def main() -> None:
     calls = dict(sorted(calls.items(), key=lambda item: KINDS.index(item[0].split(", ")[0])))
     installed = {name: call for name, call in calls.items() if call}
 
-    print(f"{machine(args.device)}; {args.tokens:,} tokens x {GROUPS} x {DIM}; medians of up to {args.rounds} rounds")
+    print(f"{machine(args)}; {args.tokens:,} tokens x {GROUPS} x {DIM}; medians of up to {args.rounds} rounds")
     size = {name: (narrow if "bf16" in name else x).nbytes for name in calls}
     columns = {threads: run(installed, threads, args) for threads in args.threads}
     rows: dict[str, list[str] | str] = dict.fromkeys(calls, "not installed")
@@ -65,12 +64,12 @@ def main() -> None:
             print_marks(marks(seconds, copy_rate(seconds, x), x.nbytes))
 
 
-def run(work: Work, threads: int, args) -> dict[str, float]:
+def run(work: Work, threads: int, args: argparse.Namespace) -> dict[str, float]:
     """Median seconds of every call with that many threads; compiled code is made anew for them."""
     torch.set_num_threads(threads)
     for call in work.values():
         call()
-    return medians(work, args.rounds, args.device)
+    return medians(work, args, threads)
 
 
 def copy_rate(seconds: dict[str, float], x: Tensor) -> float:
@@ -94,7 +93,7 @@ def marks(seconds: dict[str, float], copy: float, size: int) -> list[Mark]:
 
 def copies(x: Tensor) -> Calls:
     target = torch.empty_like(x)
-    calls: Calls = {"copy, torch copy_": lambda: target.copy_(x)}
+    calls: Calls = {"read alone, torch sum": x.sum, "copy, torch copy_": lambda: target.copy_(x)}
     if x.device.type == "cpu":
         memcpy = ctypes.CDLL(None).memcpy
         memcpy.argtypes, memcpy.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_void_p

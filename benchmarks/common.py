@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import logging
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -26,11 +28,12 @@ Work = Mapping[str, Callable[[], object]]
 
 
 def parser(doc: str, *, threads: Sequence[int], rounds: int) -> argparse.ArgumentParser:
-    """The arguments that every script has: --device, --threads, --rounds."""
+    """The arguments that every script has: --device, --threads, --rounds, --clock."""
     made = argparse.ArgumentParser(description=doc.split("\n")[0])
     made.add_argument("--device", type=_device, default=torch.device("cpu"), help="cpu or cuda")
     made.add_argument("--threads", type=int, nargs="+", default=list(threads), help="CPU threads, one column each")
     made.add_argument("--rounds", type=int, default=rounds, help="how often each call is timed")
+    made.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a machine that others use too")
     return made
 
 
@@ -38,7 +41,7 @@ def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
     """The arguments; on a GPU the CPU's threads make no columns of their own."""
     args = made.parse_args()
     if args.device.type == "cuda":
-        args.threads = args.threads[:1]
+        args.threads, args.clock = args.threads[:1], "wall"
     return args
 
 
@@ -52,16 +55,22 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def machine(device: torch.device | None = None) -> str:
-    """The processor or GPU, torch's version, and what runs our ops."""
-    if device is not None and device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+def machine(args: argparse.Namespace) -> str:
+    """The processor or GPU, torch's version, what runs our ops, and the clock."""
+    if args.device.type == "cuda":
+        return f"{torch.cuda.get_device_name(args.device)}, torch {torch.__version__}"
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
     return (
         f"{names[0] if names else platform.processor()}, torch {torch.__version__}, on CPU, "
-        f"our ops: {ops.kernel_set or 'plain torch'}"
+        f"our ops: {ops.kernel_set or 'plain torch'}, {args.clock} time"
     )
+
+
+def quiet() -> None:
+    """Silences what the peers and hosts say when they are imported."""
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
 
 
 def keep_memory() -> None:
@@ -73,19 +82,23 @@ def keep_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-def medians(work: Work, rounds: int, device: torch.device | None = None) -> dict[str, float]:
-    """Median seconds of each call. Every call must have run once before: nothing here is a warm-up."""
-    synchronize = torch.cuda.synchronize if device is not None and device.type == "cuda" else lambda: None
+def medians(work: Work, args: argparse.Namespace, threads: int) -> dict[str, float]:
+    """Median seconds of each call, by --clock; the CPU's seconds are those of all threads over their number.
+
+    Every call must have run once before with these threads: nothing here is a warm-up.
+    """
+    synchronize = torch.cuda.synchronize if args.device.type == "cuda" else lambda: None
+    clock, share = (time.perf_counter, 1) if args.clock == "wall" else (time.process_time, threads)
     times: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(rounds):
+    for _ in range(args.rounds):
         for name, call in work.items():
             if len(times[name]) >= FEWEST_ROUNDS and sum(times[name]) > PATIENCE:
                 continue
             synchronize()
-            began = time.perf_counter()
+            began = clock()
             call()
             synchronize()
-            times[name].append(time.perf_counter() - began)
+            times[name].append((clock() - began) / share)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 

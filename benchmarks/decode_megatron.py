@@ -12,6 +12,7 @@ All figures come from one run, rounds interleaved, medians; ratios are what to r
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable
 
@@ -77,14 +78,14 @@ def main() -> None:
     torch.set_num_threads(args.threads[0])
     torch.manual_seed(0)
     init_megatron()
-    print(f"{machine(args.device)}; {args.threads[0]} threads; medians of {args.rounds} steps, ms")
+    print(f"{machine(args)}; {args.threads[0]} threads; medians of {args.rounds} steps, ms")
     columns: dict[str, dict[int, float]] = {}
     stock_model = hf_weights.build_model(SHAPE).to(args.device).eval()
     model = hf_weights.build_model(SHAPE).to(args.device).eval()
     model.load_state_dict(stock_model.state_dict())
     model_cfg = megatron.attach(model).model_cfg
     for context in args.contexts:
-        for name, seconds in measure(stock_model, model, model_cfg, context, args.rounds, args.device).items():
+        for name, seconds in measure(stock_model, model, model_cfg, context, args).items():
             columns.setdefault(name, {})[context] = seconds
     _print(columns, args.contexts)
     stock = columns["stock static context"]
@@ -98,10 +99,10 @@ def main() -> None:
 
 
 def measure(
-    stock_model: GPTModel, model: GPTModel, model_cfg: ModelConfig, context: int, steps: int, device: torch.device
+    stock_model: GPTModel, model: GPTModel, model_cfg: ModelConfig, context: int, args: argparse.Namespace
 ) -> dict[str, float]:
     """Median seconds of a decode step at `context` tokens, by cache. `model` is attached, with the same weights."""
-    room = context + steps + 2
+    device, room = args.device, context + args.rounds + 2
     shape = (context, 1, GROUPS, DIM)
     keys = [torch.randn(shape, device=device) for _ in range(LAYERS)]  # before RoPE, as the stock context keeps them
     values = [torch.randn(shape, device=device) for _ in range(LAYERS)]
@@ -126,7 +127,7 @@ def measure(
     difference = (first["PiKV exact"] - first["stock static context"]).abs().max()  # type: ignore[operator]
     if not difference < 1e-3:
         raise RuntimeError(f"PiKV exact and stock differ by {difference} in their logits at {context} tokens")
-    return medians(work, steps, device)
+    return medians(work, args, args.threads[0])
 
 
 def _rotate(model: GPTModel, key: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import re
 import subprocess
@@ -90,9 +91,14 @@ def test_medians_take_turns_and_lose_patience(common, monkeypatch):
 
         return work
 
-    found = common.medians({"a": call("a", [1, 9, 2, 1, 1]), "b": call("b", [4, 3, 5])}, rounds=5)
+    args = argparse.Namespace(device=torch.device("cpu"), rounds=5, clock="wall")
+    found = common.medians({"a": call("a", [1, 9, 2, 1, 1]), "b": call("b", [4, 3, 5])}, args, threads=2)
     assert found == {"a": 2, "b": 4}
     assert turns == list("ababab")  # both are past PATIENCE after three rounds
     turns.clear()
-    assert common.medians({"a": call("a", [0.1] * 5)}, rounds=5)["a"] == pytest.approx(0.1)
+    assert common.medians({"a": call("a", [0.1] * 5)}, args, threads=2)["a"] == pytest.approx(0.1)
     assert turns == list("aaaaa")
+    args.clock = "cpu"
+    monkeypatch.setattr(common.time, "process_time", lambda: clock[0])
+    turns.clear()
+    assert common.medians({"a": call("a", [0.1] * 5)}, args, threads=2)["a"] == pytest.approx(0.05)
