@@ -78,7 +78,7 @@ def _versions(problems: list[Problem]) -> Facts:
         version = _version(host)
         facts[host] = version or "not installed"
         if version and not f"{version}.".startswith(f"{tested}."):
-            remedy = f"pip install '{host}=={tested}.*'"
+            remedy = f"install {host} {tested}.x; CONTRIBUTING.md, 'Setting up', says how"
             problems.append(Problem(f"{host} {version} is not a version that the tests run with", remedy, False))
     facts["apex"] = _apex(problems)
     return facts
