@@ -31,7 +31,7 @@ __device__ __forceinline__ void append_matrix(const Target& target, int rows, in
 }
 
 template <Dtype DTYPE>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 8)
     append_kernel(Target keys, Target values, int rows, int64_t groups, const int64_t* ids) {
   PIKV_DYNAMIC_SHARED(shared);
   const int64_t matrix = blockIdx.x, place = ids[matrix / groups] * groups + matrix % groups;

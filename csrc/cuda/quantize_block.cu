@@ -5,7 +5,7 @@
 namespace pikv::cuda {
 
 template <Dtype DTYPE, bool PER_CHANNEL>
-__global__ void __launch_bounds__(kThreads) quantize_block_kernel(const char* x, int rows, int cols, Codes pool) {
+__global__ void __launch_bounds__(kThreads, 8) quantize_block_kernel(const char* x, int rows, int cols, Codes pool) {
   PIKV_DYNAMIC_SHARED(shared);
   constexpr int kBytes = DTYPE == Dtype::kFloat32 ? 4 : 2;
   const int64_t matrix = blockIdx.x;
