@@ -112,7 +112,7 @@ __device__ __forceinline__ void add_products(float4 k, const float* q, int strid
 template <Dtype DTYPE, int ROWS>
 __device__ __forceinline__ void dot_raw(const unsigned char* key, const float* q, int dim, int part, int parts,
                                         float (&sum)[ROWS]) {
-#pragma unroll 4
+#pragma unroll 2
   for (int i = part; i < dim / 4; i += parts) add_products(load_four<DTYPE>(key, 4 * i), q + 4 * i, dim, sum);
 }
 
