@@ -29,13 +29,22 @@ Sanitizer = Literal["thread", "address"]
 ROOT = Path(__file__).resolve().parents[1]
 RUNTIME = ROOT / "csrc" / "sim"
 INCLUDE = ROOT / "csrc" / "include"
+HEADERS = {".h", ".cuh", ".inl"}
 COMPILERS = 2  # at once
 CUDA_ARCHITECTURE = "compute_80"
 
 # No inlining of equal functions into one and no names unique to the process: kernels are found by their own names.
-FLAGS = (
-    "-std=gnu++20 -O1 -g1 -fPIC -fno-strict-aliasing -fno-ipa-icf -fno-gnu-unique -Wall -Wno-unknown-pragmas".split()
-)
+FLAGS = [
+    "-std=gnu++20",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-fno-strict-aliasing",
+    "-fno-ipa-icf",
+    "-fno-gnu-unique",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+]
 SANITIZE = {
     None: [],
     "thread": ["-fsanitize=thread"],
@@ -66,7 +75,7 @@ def build(
     sanitizer: Sanitizer | None = None,
     executable: bool = False,
 ) -> Path:
-    """A shared library (or an executable) of .cu and .cpp sources and the simulator. BuildError if one does not compile."""
+    """A shared library or executable of .cu and .cpp sources and the simulator; BuildError if one does not compile."""
     units = [
         *((path, [*SANITIZE[sanitizer]]) for path in sources),
         *((path, [*RUNTIME_MACROS[sanitizer]]) for path in sorted(RUNTIME.glob("*.cpp"))),
@@ -99,9 +108,8 @@ def check(library: ctypes.CDLL, status: int) -> None:
 
 def _objects(source: Path, flags: Sequence[str], simulator: Simulator) -> list[Path]:
     """The object files of one source; a .cu for `ptx` gives its launchers and its translated kernels."""
-    headers = sorted(
-        path for folder in {INCLUDE, RUNTIME, source.parent} for path in folder.rglob("*.*") if path.suffix != ".so"
-    )
+    folders = {INCLUDE, RUNTIME, source.parent}
+    headers = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in HEADERS)
     compile_cpp = ["g++", *FLAGS, *flags, f"-I{INCLUDE}", f"-I{RUNTIME}", "-x", "c++", "-c"]
     if source.suffix != ".cu" or simulator == "fibers":
         return [_cached([*compile_cpp, str(source)], headers, ".o")]

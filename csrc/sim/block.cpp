@@ -32,18 +32,20 @@ std::string hex(unsigned mask) {
 
 void enter() {
   Fiber::entered();
+  acquire(&grid_begin);
   block->launch.body(block->launch.parameters);
   block->exit();
 }
 
 }  // namespace
 
-Block::Block(const Launch& launch, uint3 index, const Stacks& stacks, Chance& chance)
+Block::Block(const Launch& launch, uint3 index, Fibers& fibers, Chance& chance)
     : launch(launch), index(index), shared(launch.shared_bytes, chance.below(2) == 0), chance_(chance) {
   const int count = static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
   for (int i = 0; i < count; ++i) {
     const unsigned x = static_cast<unsigned>(i) % launch.block.x, rest = static_cast<unsigned>(i) / launch.block.x;
-    threads_.push_back(std::make_unique<Thread>(stacks.at(i), enter, i, uint3{x, rest % launch.block.y, rest / launch.block.y}));
+    fibers.at(i).start(enter);
+    threads_.push_back(std::make_unique<Thread>(fibers.at(i), i, uint3{x, rest % launch.block.y, rest / launch.block.y}));
   }
   open_.resize((threads_.size() + kLanes - 1) / kLanes);
   in_flight_.resize(launch.shared_bytes);
@@ -147,12 +149,14 @@ void Block::exit() {
 }
 
 void Block::fail(const std::string& what) {
+  unwatch();  // for good: the fiber ends here
   error_ = name(*current_) + ": " + what;
   current_->fiber.suspend(true);
   __builtin_unreachable();
 }
 
 void Block::barrier(Site site) {
+  const Unwatched books;
   // The site is the thread's own, the order that TSan sees is the barrier's.
   const std::shared_ptr<Meeting> barrier = barrier_;
   current_->meeting = std::make_shared<Meeting>(Operation::kBarrier, 0u, site);
@@ -162,6 +166,7 @@ void Block::barrier(Site site) {
 }
 
 std::shared_ptr<Meeting> Block::meet(Operation operation, unsigned mask, uint64_t value, Site site) {
+  const Unwatched books;
   const int lane = current_->linear % kLanes;
   if (!(mask >> lane & 1)) fail("lane " + std::to_string(lane) + " is not in its own mask " + hex(mask) + " of " + text(operation, site));
   auto& open = open_[static_cast<size_t>(current_->linear / kLanes)];
@@ -197,6 +202,7 @@ void Block::copy_async(void* to, const void* from, int bytes) {
     arrive(copy);
     return;
   }
+  const Unwatched books;
   current_->copies.push_back(copy);
   std::fill_n(in_flight_.begin() + (copy.to - shared.begin()), bytes, true);
   forbid(to, static_cast<size_t>(bytes));
@@ -247,6 +253,7 @@ void block_barrier(Site site) { block->barrier(site); }
 void warp_barrier(unsigned mask, Site site) { block->meet(Operation::kWarpBarrier, mask, 0, site); }
 
 uint64_t shuffle(unsigned mask, uint64_t value, int source_lane, Site site) {
+  const Unwatched books;
   const auto meeting = block->meet(Operation::kShuffle, mask, value, site);
   if (!(mask >> source_lane & 1))
     block->fail("a shuffle with mask " + hex(mask) + " reads lane " + std::to_string(source_lane) + ", which is not in it");
@@ -254,6 +261,7 @@ uint64_t shuffle(unsigned mask, uint64_t value, int source_lane, Site site) {
 }
 
 unsigned ballot(unsigned mask, bool predicate, Site site) {
+  const Unwatched books;
   const auto meeting = block->meet(Operation::kBallot, mask, predicate, site);
   unsigned votes = 0;
   for (int i = 0; i < kLanes; ++i) votes |= static_cast<unsigned>(meeting->values[i]) << i;

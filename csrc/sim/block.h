@@ -48,8 +48,8 @@ struct Copy {
 };
 
 struct Thread {
-  Thread(char* stack, void (*entry)(), int linear, uint3 index) : fiber(stack, entry), linear(linear), index(index) {}
-  Fiber fiber;
+  Thread(Fiber& fiber, int linear, uint3 index) : fiber(fiber), linear(linear), index(index) {}
+  Fiber& fiber;
   int linear;
   uint3 index;
   State state = State::kReady;
@@ -61,7 +61,7 @@ struct Thread {
 
 class Block {
  public:
-  Block(const Launch& launch, uint3 index, const Stacks& stacks, Chance& chance);
+  Block(const Launch& launch, uint3 index, Fibers& fibers, Chance& chance);
   // Runs every thread to its end, or one to an error: what was wrong, or "".
   std::string run();
 
@@ -100,7 +100,7 @@ class Block {
 
 // The block that this OS thread runs.
 extern thread_local Block* block;
-// TSan's: what blocks have done happens before what the launch's caller does next, and before nothing else.
-inline char grid_end;
+// TSan's: what the launch's caller did happens before what blocks do, and that before what the caller does next.
+inline char grid_begin, grid_end;
 
 }  // namespace pikv::sim

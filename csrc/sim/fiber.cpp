@@ -55,23 +55,7 @@ constexpr int kSavedRegisters = 6;
 
 }  // namespace
 
-Stacks::Stacks(int count) : bytes_(static_cast<size_t>(count) * kBytes) {
-  void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) std::abort();
-  memory_ = static_cast<char*>(memory);
-}
-
-Stacks::~Stacks() {
-  allow(memory_, bytes_);  // a fiber that was given up leaves redzones behind
-  munmap(memory_, bytes_);
-}
-
-Fiber::Fiber(char* stack, void (*entry)()) : stack_(stack) {
-  void** top = reinterpret_cast<void**>(stack + Stacks::kBytes);  // aligned to 16, since stacks are whole pages
-  *--top = nullptr;                                               // entry's return address: it never returns
-  *--top = reinterpret_cast<void*>(entry);
-  for (int i = 0; i < kSavedRegisters; ++i) *--top = nullptr;
-  stack_pointer_ = top;
+Fiber::Fiber(char* stack) : stack_(stack) {
 #if defined(PIKV_SIM_TSAN)
   tsan_fiber_ = __tsan_create_fiber(0);
 #endif
@@ -79,13 +63,23 @@ Fiber::Fiber(char* stack, void (*entry)()) : stack_(stack) {
 
 Fiber::~Fiber() {
 #if defined(PIKV_SIM_TSAN)
-  __tsan_destroy_fiber(tsan_fiber_);
+  if (idle_) __tsan_destroy_fiber(tsan_fiber_);  // TSan complains of one that was given up midway
 #endif
+}
+
+void Fiber::start(void (*entry)()) {
+  void** top = reinterpret_cast<void**>(stack_ + kStackBytes);  // aligned to 16, since stacks are whole pages
+  *--top = nullptr;                                             // entry's return address: it never returns
+  *--top = reinterpret_cast<void*>(entry);
+  for (int i = 0; i < kSavedRegisters; ++i) *--top = nullptr;
+  stack_pointer_ = top;
+  fake_stack_ = nullptr;
+  idle_ = false;
 }
 
 void Fiber::resume() {
 #if defined(PIKV_SIM_ASAN)
-  __sanitizer_start_switch_fiber(&scheduler.fake_stack, stack_, Stacks::kBytes);
+  __sanitizer_start_switch_fiber(&scheduler.fake_stack, stack_, kStackBytes);
 #endif
 #if defined(PIKV_SIM_TSAN)
   scheduler.tsan_fiber = __tsan_get_current_fiber();
@@ -97,7 +91,8 @@ void Fiber::resume() {
 #endif
 }
 
-void Fiber::suspend([[maybe_unused]] bool last) {
+void Fiber::suspend(bool last) {
+  idle_ = last;
 #if defined(PIKV_SIM_ASAN)
   __sanitizer_start_switch_fiber(last ? nullptr : &fake_stack_, scheduler.bottom, scheduler.size);
 #endif
@@ -114,6 +109,19 @@ void Fiber::entered() {
 #if defined(PIKV_SIM_ASAN)
   __sanitizer_finish_switch_fiber(nullptr, &scheduler.bottom, &scheduler.size);
 #endif
+}
+
+Fibers::Fibers(int count) {
+  const size_t bytes = static_cast<size_t>(count) * Fiber::kStackBytes;
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) std::abort();
+  memory_ = static_cast<char*>(memory);
+  for (int i = 0; i < count; ++i) fibers_.push_back(std::make_unique<Fiber>(memory_ + static_cast<size_t>(i) * Fiber::kStackBytes));
+}
+
+Fibers::~Fibers() {
+  allow(memory_, bytes());  // a fiber that was given up leaves redzones behind
+  munmap(memory_, bytes());
 }
 
 }  // namespace pikv::sim

@@ -3,44 +3,51 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
+#include <vector>
 
 namespace pikv::sim {
 
-// Stacks for `count` fibers, in one mapping; pages that are never touched cost nothing.
-class Stacks {
- public:
-  static constexpr size_t kBytes = 256 * 1024;  // of one stack; sanitizers make frames large
-  explicit Stacks(int count);
-  ~Stacks();
-  Stacks(const Stacks&) = delete;
-  Stacks& operator=(const Stacks&) = delete;
-  char* at(int index) const { return memory_ + static_cast<size_t>(index) * kBytes; }
-
- private:
-  char* memory_;
-  size_t bytes_;
-};
-
 class Fiber {
  public:
-  // entry must not return; it ends by suspend(true).
-  Fiber(char* stack, void (*entry)());
+  static constexpr size_t kStackBytes = 256 * 1024;  // sanitizers make frames large
+  explicit Fiber(char* stack);
   ~Fiber();
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
+  // Scheduler's side: makes the next resume begin entry, which must not return; it ends by suspend(true).
+  void start(void (*entry)());
   // Scheduler's side: runs the fiber until it suspends.
   void resume();
-  // Fiber's side: back to the scheduler; `last`: it will not be resumed again.
+  // Fiber's side: back to the scheduler; `last`: it will not be resumed before it is started anew.
   void suspend(bool last);
   // Fiber's side, first thing in entry.
   static void entered();
 
  private:
   char* stack_;
-  void* stack_pointer_;
-  void* fake_stack_ = nullptr;   // ASan's
+  void* stack_pointer_ = nullptr;
+  void* fake_stack_ = nullptr;  // ASan's
   void* tsan_fiber_ = nullptr;
+  bool idle_ = true;
+};
+
+// Fibers with their stacks, in one mapping; pages that are never touched cost nothing.
+class Fibers {
+ public:
+  explicit Fibers(int count);
+  ~Fibers();
+  Fibers(const Fibers&) = delete;
+  Fibers& operator=(const Fibers&) = delete;
+  Fiber& at(int index) { return *fibers_[static_cast<size_t>(index)]; }
+  int count() const { return static_cast<int>(fibers_.size()); }
+
+ private:
+  size_t bytes() const { return fibers_.size() * Fiber::kStackBytes; }
+
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  char* memory_;
 };
 
 }  // namespace pikv::sim

@@ -7,8 +7,8 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <memory>
 #include <numeric>
-#include <optional>
 
 #include "block.h"
 #include "sanitizers.h"
@@ -19,6 +19,8 @@ namespace {
 thread_local uint64_t seed = 0, launches = 0;  // launches: since the seed was set
 thread_local std::string last_error;
 thread_local std::string fault;
+// Blocks take turns on two sets of fibers: TSan sees no order between neighbours, and fibers cost much under TSan.
+thread_local std::unique_ptr<Fibers> fibers[2];
 
 struct sigaction previous_action;
 
@@ -79,6 +81,7 @@ std::string symbol_of(const void* function) {
 
 cudaError_t run(const Launch& launch) {
   if (!fits(launch)) return cudaErrorInvalidConfiguration;
+  const Unwatched books;
   const FaultHandler handler;
   Chance chance(seed ? seed + 0x9e3779b97f4a7c15u * launches++ : 0);
   std::vector<uint64_t> order(uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z);
@@ -86,19 +89,19 @@ cudaError_t run(const Launch& launch) {
   for (size_t i = 0; i + 1 < order.size() && chance.on(); ++i)
     std::swap(order[i], order[i + chance.below(static_cast<unsigned>(order.size() - i))]);
   const int threads = static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
-  std::optional<Stacks> stacks;
+  for (auto& set : fibers)
+    if (!set || set->count() < threads) set = std::make_unique<Fibers>(threads);
+  release(&grid_begin);
   std::string error;
-  for (const uint64_t linear : order) {
-    // TSan must not take one block's frames for another's.
-    if (!stacks || kTsan) stacks.emplace(threads);
-    const unsigned x = static_cast<unsigned>(linear % launch.grid.x), y = static_cast<unsigned>(linear / launch.grid.x % launch.grid.y);
-    const unsigned z = static_cast<unsigned>(linear / launch.grid.x / launch.grid.y);
-    Block next(launch, uint3{x, y, z}, *stacks, chance);
-    error = next.run();
-    if (!error.empty()) break;
+  for (size_t i = 0; i < order.size() && error.empty(); ++i) {
+    const uint64_t x = order[i] % launch.grid.x, rest = order[i] / launch.grid.x;
+    const uint3 index{static_cast<unsigned>(x), static_cast<unsigned>(rest % launch.grid.y),
+                      static_cast<unsigned>(rest / launch.grid.y)};
+    error = Block(launch, index, *fibers[i % 2], chance).run();
   }
   acquire(&grid_end);
   if (error.empty()) return cudaSuccess;
+  for (auto& set : fibers) set.reset();  // some stopped midway
   last_error = kernel_name(launch.kernel) + ": " + error;
   return cudaErrorLaunchFailure;
 }

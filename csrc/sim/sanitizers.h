@@ -12,6 +12,8 @@ void __tsan_destroy_fiber(void* fiber);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void __tsan_acquire(void* address);
 void __tsan_release(void* address);
+void __tsan_ignore_thread_begin();
+void __tsan_ignore_thread_end();
 }
 #endif
 #if defined(PIKV_SIM_ASAN)
@@ -26,15 +28,26 @@ void __asan_unpoison_memory_region(const void* address, size_t bytes);
 namespace pikv::sim {
 
 #if defined(PIKV_SIM_TSAN)
-constexpr bool kTsan = true;
 // What was done before release(x) happens before what is done after an acquire(x) that follows.
 inline void release(void* address) { __tsan_release(address); }
 inline void acquire(void* address) { __tsan_acquire(address); }
+inline void unwatch() { __tsan_ignore_thread_begin(); }
+inline void watch() { __tsan_ignore_thread_end(); }
 #else
-constexpr bool kTsan = false;
 inline void release(void*) {}
 inline void acquire(void*) {}
+inline void unwatch() {}
+inline void watch() {}
 #endif
+
+// As long as it lives TSan takes no notice of this fiber's memory: for the simulator's own books, which fibers share.
+class Unwatched {
+ public:
+  Unwatched() { unwatch(); }
+  ~Unwatched() { watch(); }
+  Unwatched(const Unwatched&) = delete;
+  Unwatched& operator=(const Unwatched&) = delete;
+};
 
 #if defined(PIKV_SIM_ASAN)
 inline void forbid(const void* address, size_t bytes) { __asan_poison_memory_region(address, bytes); }
