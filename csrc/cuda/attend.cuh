@@ -79,6 +79,7 @@ __device__ __forceinline__ Token fetch(const AttendWork& work, const Place& plac
   const Tile& t = work.tile;
   const int token = lane_id() % t.tokens;
   if constexpr (SINGLE) {
+    __syncwarp();  // the rows of the tile before have been read
     if (lane_id() < t.tokens) rows[token] = place.row, rows[kLanes + token] = place.matrix;
     __syncwarp();
     const auto row_at = [rows](int row) { return rows[row]; };
