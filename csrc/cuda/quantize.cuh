@@ -38,7 +38,7 @@ __device__ __forceinline__ Grid grid_of(float least, float most, int levels) {
   if (grid.zero_bits == 0x8000) grid.zero_bits = 0;
   grid.zero = half_to_float(grid.zero_bits);
   grid.scale_bits = float_to_half_ru(__fdiv_rn(most - grid.zero, static_cast<float>(levels)));
-  if (grid.scale_bits == 0) grid.scale_bits = 1;
+  if ((grid.scale_bits & 0x7fff) == 0) grid.scale_bits = 1;
   grid.scale = half_to_float(grid.scale_bits);
   return grid;
 }

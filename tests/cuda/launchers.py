@@ -1,0 +1,171 @@
+"""The CUDA launchers of a library that the simulators have built, called by ctypes under the names of the ops."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_bool, c_float, c_int, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from pikv_megatron.ops.reference import BlockScores, Keys, Partial, TokenScores, Values
+from tools import simulate
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _Keys(ctypes.Structure):
+    """`struct Keys` of kernels.h."""
+
+    _fields_ = (
+        *[(name, c_void_p) for name in ("raw", "high", "low", "scale", "zero")],
+        *[(name, c_int) for name in ("dtype", "hi_bits", "lo_bits")],
+        *[(name, c_int64) for name in ("groups", "block_size", "dim")],
+    )
+
+
+class _Values(ctypes.Structure):
+    """`struct Values` of kernels.h."""
+
+    _fields_ = (
+        *[(name, c_void_p) for name in ("raw", "codes", "scale", "zero")],
+        *[(name, c_int) for name in ("dtype", "bits")],
+        *[(name, c_int64) for name in ("groups", "block_size", "dim")],
+    )
+
+
+def _pointer(x: Tensor | None) -> c_void_p:
+    assert x is None or x.is_contiguous()
+    return c_void_p(None if x is None else x.data_ptr())
+
+
+def _keys(keys: Keys) -> _Keys:
+    sample = keys.raw if keys.raw is not None else keys.high
+    if sample is None:  # score_blocks reads bounds alone
+        groups, dim, block_size = keys.scale.shape[1], keys.scale.shape[2], 0
+    else:
+        groups, block_size = sample.shape[1:3]
+        dim = sample.shape[3] if keys.raw is not None else sample.shape[3] * 8 // keys.hi_bits
+    dtype = 0 if keys.raw is None else DTYPES[keys.raw.dtype]
+    return _Keys(*map(_pointer, keys[:5]), dtype, keys.hi_bits, keys.lo_bits, groups, block_size, dim)
+
+
+def _value_dim(values: Values) -> int:
+    return values.raw.shape[3] if values.raw is not None else values.codes.shape[3] * 8 // values.bits
+
+
+def _values(values: Values) -> _Values:
+    sample = values.raw if values.raw is not None else values.codes
+    groups, block_size = sample.shape[1:3]
+    dtype = 0 if values.raw is None else DTYPES[values.raw.dtype]
+    return _Values(*map(_pointer, values[:4]), dtype, values.bits, groups, block_size, _value_dim(values))
+
+
+class Launchers:
+    """The ops' names and signatures over one library. Results are filled with what no kernel writes before it runs.
+
+    splits: thread blocks per KV head in attention.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        self.splits = 3
+
+    def _call(self, name: str, *arguments: object) -> None:
+        simulate.check(self.library, getattr(self.library, f"pikv_cuda_{name}")(*arguments, c_void_p(None)))
+
+    def quantize_block(self, x, hi_bits, lo_bits, per_channel):
+        *lead, rows, cols = x.shape
+        high = torch.full((*lead, rows, cols * hi_bits // 8), 0xA5, dtype=torch.uint8)
+        low = torch.full((*lead, rows, cols * lo_bits // 8), 0xA5, dtype=torch.uint8) if lo_bits else None
+        scale = torch.full((*lead, cols if per_channel else rows), torch.nan, dtype=torch.float16)
+        zero = scale.clone()
+        sizes = (c_int64(x.numel() // max(1, rows * cols)), c_int64(rows), c_int64(cols), hi_bits, lo_bits)
+        planes = map(_pointer, (high, low, scale, zero))
+        self._call("quantize_block", _pointer(x), DTYPES[x.dtype], *sizes, c_bool(per_channel), *planes)
+        return high, low, scale, zero
+
+    def dequantize_block(self, high, low, scale, zero, hi_bits, lo_bits, per_channel):
+        *lead, rows, packed = high.shape
+        cols = packed * 8 // hi_bits
+        y = torch.full((*lead, rows, cols), torch.nan)
+        sizes = (c_int64(high.numel() // max(1, rows * packed)), c_int64(rows), c_int64(cols), hi_bits, lo_bits)
+        planes = map(_pointer, (high, low, scale, zero))
+        self._call("dequantize_block", *planes, *sizes, c_bool(per_channel), _pointer(y))
+        return y
+
+    def append(self, k, v, keys, values, block_ids):
+        self._call(
+            "append",
+            _pointer(k),
+            _pointer(v),
+            DTYPES[k.dtype],
+            ctypes.byref(_keys(keys)),
+            ctypes.byref(_values(values)),
+            _pointer(block_ids),
+            c_int64(block_ids.numel()),
+        )
+
+    def _attention(self, q, keys, values, softmax_scale):
+        groups, rows, _ = q.shape
+        dim = _value_dim(values)
+        out, lse = torch.full((groups, rows, dim), torch.nan), torch.full((groups, rows), torch.nan)
+        workspace = torch.full((self.splits * groups * rows * (dim + 1),), torch.nan)
+        q = q.float().contiguous()
+        front = (_pointer(q), c_int64(rows), c_float(softmax_scale), ctypes.byref(_keys(keys)))
+        back = (self.splits, _pointer(workspace), _pointer(out), _pointer(lse))
+        return (*front, ctypes.byref(_values(values))), back, Partial(out, lse), (q, workspace)
+
+    def attend_blocks(self, q, keys, values, block_ids, softmax_scale, key_positions=None, query_positions=None):
+        front, back, partial, _held = self._attention(q, keys, values, softmax_scale)
+        positions = map(_pointer, (key_positions, query_positions))
+        self._call("attend_blocks", *front, _pointer(block_ids), c_int64(block_ids.numel()), *positions, *back)
+        return partial
+
+    def attend_tokens(self, q, keys, values, block_ids, offsets, softmax_scale, read=None):
+        front, back, partial, _held = self._attention(q, keys, values, softmax_scale)
+        tokens = map(_pointer, (block_ids, offsets, read))
+        self._call("attend_tokens", *front, *tokens, c_int64(block_ids.shape[1]), *back)
+        return partial
+
+    def merge_partials(self, partials):
+        outs, lses = torch.stack([p.out for p in partials]), torch.stack([p.lse for p in partials])
+        merged = Partial(torch.full_like(outs[0], torch.nan), torch.full_like(lses[0], torch.nan))
+        sizes = (c_int64(len(partials)), c_int64(lses[0].numel()), c_int64(outs.shape[-1]))
+        self._call("merge_partials", _pointer(outs), _pointer(lses), *sizes, *map(_pointer, merged))
+        return merged
+
+    def score_tokens(self, q, keys, block_ids, softmax_scale):
+        count = block_ids.shape[-1]
+        coarse = torch.full((*q.shape[:2], count, keys.high.shape[2]), torch.nan)
+        radius = torch.full((*q.shape[:2], count), torch.nan)
+        scores = TokenScores(coarse, radius, radius.clone())
+        front = (_pointer(q), c_int64(q.shape[1]), c_float(softmax_scale), ctypes.byref(_keys(keys)))
+        ids = (_pointer(block_ids), c_bool(block_ids.dim() == 2), c_int64(count))
+        self._call("score_tokens", *front, *ids, *map(_pointer, scores))
+        return scores
+
+    def score_blocks(self, q, keys, block_ids, softmax_scale):
+        count = block_ids.numel()
+        scores = BlockScores(*(torch.full((*q.shape[:2], count), torch.nan) for _ in range(3)))
+        front = (_pointer(q), c_int64(q.shape[1]), c_float(softmax_scale), ctypes.byref(_keys(keys)))
+        self._call("score_blocks", *front, _pointer(block_ids), c_int64(count), *map(_pointer, scores))
+        return scores
+
+    def token_importance(self, q, lse, keys, block_ids, softmax_scale):
+        sample = keys.raw if keys.raw is not None else keys.high
+        importance = torch.full((block_ids.numel(), sample.shape[2]), torch.nan)
+        front = (_pointer(q), _pointer(lse), c_int64(q.shape[1]), c_float(softmax_scale), ctypes.byref(_keys(keys)))
+        self._call("token_importance", *front, _pointer(block_ids), c_int64(block_ids.numel()), _pointer(importance))
+        return importance
+
+    def select_topk(self, scores, best):
+        groups, count = scores.shape
+        indices = torch.full((groups, best), -1)
+        sizes = (c_int64(groups), c_int64(count), c_int64(best))
+        self._call("select_topk", _pointer(scores), *sizes, _pointer(indices))
+        return indices
+
+    def prefetch(self, rows, block_ids):
+        row_bytes = rows[0].numel() * rows.element_size()
+        self._call("prefetch", _pointer(rows), c_int64(row_bytes), _pointer(block_ids), c_int64(block_ids.numel()))

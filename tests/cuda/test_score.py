@@ -1,0 +1,137 @@
+"""The kernels that say what to read, on the simulators: scores, importance and selection against the reference in float64, and
+prefetch.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pairs import every_case, every_pair, name_of
+from stored import Stored, dense_rows, random_store, rows_of
+
+from pikv_megatron.ops import reference
+from pikv_megatron.ops.reference import Keys
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHAPES = {
+    "codec": (*DTYPES, "int8", "int4", "int2"),
+    "dim": (64, 80, 96, 128, 192, 256),
+    "heads": (1, 2, 4, 7, 8, 19),
+    "block_size": (16, 32, 64),
+    "blocks": (0, 1, 5, 40),
+    "per_head": (False, True),
+}
+
+
+def _store(codec: str, blocks: int, block_size: int, dim: int) -> Stored:
+    kind, dtype = ("none", DTYPES[codec]) if codec in DTYPES else (codec, torch.float32)
+    return random_store(max(blocks, 3), 2, block_size, dim, 16, kind, dtype=dtype)
+
+
+def _rng(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _near(found, expected, names: tuple[str, ...], relative: float = 1e-5) -> None:
+    """Each tensor within `relative` of its largest number."""
+    for name, a, b in zip(names, found, expected, strict=True):
+        assert a.shape == b.shape
+        if b.numel():
+            assert (a - b).abs().max() <= relative * b.abs().max(), name
+
+
+def _check_scores(cuda, codec, dim, heads, block_size, blocks, per_head):
+    held = _store(codec, blocks, block_size, dim)
+    q = torch.randn(2, heads, dim, generator=_rng(1))
+    ids = torch.stack([torch.randperm(max(blocks, 3), generator=_rng(2 + g))[:blocks] for g in range(2)])
+    tokens = cuda.score_tokens(q, held.keys, ids if per_head else ids[0], dim**-0.5)
+    bounds = cuda.score_blocks(q, held.keys, ids[0], dim**-0.5)
+    if blocks == 0:
+        assert tokens.coarse.numel() == bounds.bound.numel() == 0
+        return
+    _near(tokens, reference.score_tokens(q, held.keys, ids if per_head else ids[0], dim**-0.5), tokens._fields)
+    _near(bounds, reference.score_blocks(q, held.keys, ids[0], dim**-0.5), bounds._fields)
+    if not per_head:  # what is called a bound is one
+        true = torch.einsum("grd,ngbd->grnb", q.double(), held.k[ids[0]]) * dim**-0.5
+        assert (true.amax(-1) <= bounds.bound.double()).all()
+        assert ((true - tokens.coarse.double()).abs().amax(-1) <= tokens.radius.double()).all()
+
+
+@pytest.mark.parametrize("case", every_pair(SHAPES), ids=name_of)
+def test_scores(cuda, case):
+    _check_scores(cuda, **case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", SHAPES["codec"])
+@pytest.mark.parametrize("dim", SHAPES["dim"])
+def test_scores_in_every_case(cuda, codec, dim):
+    for case in every_case({**SHAPES, "codec": [codec], "dim": [dim]}):
+        _check_scores(cuda, **case)
+
+
+@pytest.mark.parametrize("blocks", [1, 129, 300])
+def test_block_scores_of_many_blocks(cuda, blocks):
+    """From their bounds alone: no other field of the keys is there."""
+    held = random_store(blocks, 2, 16, 64, 16, "int8")
+    bounds = Keys(None, None, None, held.keys.scale, held.keys.zero, 4, 4)
+    q = torch.randn(2, 3, 64, generator=_rng(4))
+    ids = torch.randperm(blocks, generator=_rng(5))
+    scores = cuda.score_blocks(q, bounds, ids, 0.3)
+    _near(scores, reference.score_blocks(q, bounds, ids, 0.3), scores._fields)
+
+
+@pytest.mark.parametrize("case", every_pair({**SHAPES, "per_head": [False]}), ids=name_of)
+def test_token_importance(cuda, case):
+    codec, dim, heads, block_size, blocks, _ = case.values()
+    held = _store(codec, blocks, block_size, dim)
+    q = torch.randn(2, heads, dim, generator=_rng(6))
+    ids = torch.randperm(max(blocks, 3), generator=_rng(7))[:blocks]
+    k, v = rows_of(held, torch.arange(max(blocks, 3)))
+    _, lse = dense_rows(q, k, v, dim**-0.5)
+    importance = cuda.token_importance(q, lse.float(), held.keys, ids, dim**-0.5)
+    logits = torch.einsum("grd,ngbd->grnb", q.double(), held.k[ids]) * dim**-0.5
+    expected = (logits - lse[:, :, None, None]).exp().sum((0, 1))
+    assert importance.shape == expected.shape
+    if blocks:
+        assert ((importance - expected).abs() <= 2e-5 * expected).all()
+
+
+@pytest.mark.parametrize("best", [0, 1, 7, 512, 1023, 1500])
+@pytest.mark.parametrize("kind", ["normal", "shares", "few values", "signs", "equal"])
+def test_select_topk(cuda, kind, best):
+    """The best of each row, of equals the first, in the order of their places."""
+    rng = _rng(8)
+    scores = torch.randn(3, 1500, generator=rng)
+    scores = {
+        "normal": scores,
+        "shares": scores.mul(4).softmax(-1),
+        "few values": scores.round(),
+        "signs": scores.sign() * 0.0 + scores.round().clamp(-1, 0),  # zeros of both signs are equal
+        "equal": torch.full_like(scores, 0.25),
+    }[kind]
+    found = cuda.select_topk(scores, best)
+    order = (scores + 0.0).sort(dim=-1, descending=True, stable=True).indices
+    assert torch.equal(found, order[:, :best].sort(-1).values)
+
+
+@pytest.mark.parametrize("count", [1, 31, 33, 511, 513])
+def test_select_topk_of_any_count(cuda, count):
+    scores = torch.randn(2, count, generator=_rng(9))
+    for best in {1, (count + 1) // 2, count}:
+        assert torch.equal(cuda.select_topk(scores, best), scores.topk(best).indices.sort(-1).values)
+
+
+def test_select_topk_refuses_more_than_there_are(cuda):
+    with pytest.raises(RuntimeError, match="error 1"):
+        cuda.select_topk(torch.zeros(1, 4), 5)
+
+
+def test_prefetch_changes_nothing(cuda):
+    held = random_store(5, 2, 16, 64, 64, "int8")
+    before = [None if x is None else x.clone() for x in held.keys[:5]]
+    for field in held.keys[1:5]:
+        cuda.prefetch(field, torch.tensor([4, 0, 4]))
+        cuda.prefetch(field, torch.tensor([], dtype=torch.int64))
+    for now, then in zip(held.keys[1:5], before[1:], strict=True):
+        assert torch.equal(now, then)
