@@ -4,6 +4,7 @@ Without a C++ compiler the package installs all the same and runs on plain torch
 error.
 """
 
+import glob
 import logging
 import os
 from subprocess import CalledProcessError
@@ -66,7 +67,7 @@ def extension() -> dict[str, object]:
         extra_compile_args={"cxx": FLAGS},  # type: ignore[arg-type] - BuildExtension's form
         language="c++",
         py_limited_api=True,
-        depends=["csrc/include/pikv/kernels.h", "csrc/cpu/kernels.inl", "csrc/cpu/fused.inl"],
+        depends=["csrc/include/pikv/kernels.h", *sorted(glob.glob("csrc/cpu/*.inl"))],
     )
     return {
         "ext_modules": [ops],

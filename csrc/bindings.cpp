@@ -213,12 +213,13 @@ void dequantize_block(const Tensor& high, const MaybeTensor& low, const Tensor& 
   STD_TORCH_CHECK(scale.is_contiguous() && zero.is_contiguous() && scale.numel() == matrices * scales &&
                       zero.numel() == matrices * scales,
                   "scale, zero: unexpected size");
+  const bool streamed = y.numel() * 4 > (int64_t{1} << 22);  // larger than a cache: nobody will find it there
   const CpuKernels& set = kernels();
   torch::stable::parallel_for(0, matrices, std::max<int64_t>(1, 32768 / (rows * cols)), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       set.dequantize(data<uint8_t>(high) + i * high_bytes, low ? data<uint8_t>(*low) + i * low_bytes : nullptr,
                      data<uint16_t>(scale) + i * scales, data<uint16_t>(zero) + i * scales, rows, cols,
-                     static_cast<int>(hi_bits), static_cast<int>(lo_bits), per_channel,
+                     static_cast<int>(hi_bits), static_cast<int>(lo_bits), per_channel, streamed,
                      mutable_data<float>(y) + i * rows * cols);
   });
 }

@@ -1,22 +1,6 @@
 // The two inner loops that read codes straight from the pool, without a tile of floats in between, where a row of codes is
 // whole vectors. For AVX2 and AVX-512; included by kernels.inl. The same results as through a tile, up to rounding.
 
-// W codes, one per byte at p's start, as floats.
-inline Vec floats(__m128i codes) {
-#if PIKV_WIDTH == 16
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes));
-#else
-  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes));
-#endif
-}
-
-// What part `part` of sixteen packed bytes stands for, one code per byte.
-template <int Bits>
-inline __m128i part_of(__m128i bytes, int part) {
-  if constexpr (Bits == 8) return bytes;
-  return _mm_and_si128(_mm_srli_epi16(bytes, part * Bits), _mm_set1_epi8(static_cast<char>((1 << Bits) - 1)));
-}
-
 // Dot products of NR rows of scaled q with the bare codes of `tokens` rows: as `dots`.
 template <int NR, int Hi, int Lo>
 void dots_of_codes(const float* q, int64_t q_stride, const uint8_t* high, const uint8_t* low, int64_t tokens, int64_t dim,

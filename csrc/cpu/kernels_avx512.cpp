@@ -6,6 +6,8 @@
 #include <cstring>
 #include <limits>
 #include <vector>
+// GCC 12 takes the undefined operands inside its own intrinsics for a mistake (its bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #define PIKV_WIDTH 16

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from pikv_megatron.ops import reference
 from pikv_megatron.ops.reference import SMALLEST_SCALE, pack, round_half_down, round_half_up, unpack
 
 PLANES = {"int8": (4, 4), "int4": (2, 2), "int2": (2, 0), "values int8": (8, 0), "values int4": (4, 0)}
@@ -148,3 +149,41 @@ def test_shapes_and_bytes(ops):
     codes, _, scale, _ = ops.quantize_block(x, 4, 0, per_channel=False)
     assert codes.shape == (3, 2, 8, 12)
     assert scale.shape == (3, 2, 8)
+
+
+def _near_ties(levels: int, per_channel: bool) -> torch.Tensor:
+    """Blocks [60, 1, 20, 100] whose numbers lie on, just below and just above the middle between two codes."""
+    rng = torch.Generator().manual_seed(2)
+    shape = (60, 1, 20, 100)
+    groups = (60, 1, 1, 100) if per_channel else (60, 1, 20, 1)
+    step = torch.exp2(torch.randint(-12, 6, groups, generator=rng).float())
+    step = step * (1 + torch.randint(0, 1024, groups, generator=rng) / 1024)
+    codes = torch.randint(0, levels, shape, generator=rng) + 0.5
+    if per_channel:
+        codes[..., 0, :], codes[..., 1, :] = 0, levels
+    else:
+        codes[..., 0], codes[..., 1] = 0, levels
+    off = torch.randint(-3, 4, shape, generator=rng).float()
+    x = codes * step
+    return x + off * (torch.nextafter(x, torch.tensor(torch.inf)) - x)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_codes_are_bit_equal_to_the_references(ops, planes, per_channel):
+    kinds = [*KINDS.values(), _near_ties(2 ** sum(planes) - 1, per_channel)]
+    for x in kinds:
+        got = ops.quantize_block(x, *planes, per_channel=per_channel)
+        for mine, truth in zip(got, reference.quantize_block(x, *planes, per_channel=per_channel), strict=True):
+            assert (mine is None and truth is None) or torch.equal(mine, truth)
+
+
+def test_what_is_written_past_the_caches_is_the_same(ops):
+    """Decoding is in pieces of its own where the result is larger than a cache."""
+    x = torch.randn(300, 2, 32, 128, generator=torch.Generator().manual_seed(3))
+    for hi, lo, per_channel in ((4, 4, True), (2, 2, True), (8, 0, False), (4, 0, False)):
+        planes = ops.quantize_block(x, hi, lo, per_channel=per_channel)
+        whole = ops.dequantize_block(*planes, hi, lo, per_channel=per_channel)
+        parts = [None if t is None else t.split(7) for t in planes]
+        for i, expected in enumerate(whole.split(7)):
+            piece = ops.dequantize_block(*(p and p[i] for p in parts), hi, lo, per_channel=per_channel)
+            assert torch.equal(piece, expected)

@@ -53,9 +53,10 @@ struct CpuKernels {
   void (*quantize)(const void* x, Dtype dtype, int64_t rows, int64_t cols, int64_t row_stride, int hi_bits, int lo_bits,
                    bool per_channel, uint8_t* high, uint8_t* low, uint16_t* scale, uint16_t* zero);
 
-  // Inverse; low null with lo_bits > 0: the middle of the high plane's interval. y [rows, cols] float32.
+  // Inverse; low null with lo_bits > 0: the middle of the high plane's interval. y [rows, cols] float32; streamed: written
+  // past the caches where its alignment allows it.
   void (*dequantize)(const uint8_t* high, const uint8_t* low, const uint16_t* scale, const uint16_t* zero, int64_t rows,
-                     int64_t cols, int hi_bits, int lo_bits, bool per_channel, float* y);
+                     int64_t cols, int hi_bits, int lo_bits, bool per_channel, bool streamed, float* y);
 
   // Adds blocks ids[0, count) of every KV head to the heads' partials. q [G, R, padded(D)] with the softmax scale folded
   // in and zeros behind D; partial of head h starts at row h * R. key_positions [count, B] and query_positions [R] may be

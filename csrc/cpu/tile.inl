@@ -1,0 +1,163 @@
+// Scratch tiles: one head's block decoded to floats that stay in the first-level cache, what is fetched ahead, and the two
+// inner loops over tiles. Included by kernels.inl.
+
+// Scratch of one thread. k [tokens, padded(D)], v [tokens, padded(E)], both with zeros behind their channels; weights
+// [4, tokens]; v_scale, v_zero [tokens]; k_scale, k_zero [padded(D)]. tokens is a multiple of kPad, zeros behind the block's.
+struct Tile {
+  std::vector<float> k, v, weights, v_scale, v_zero, k_scale, k_zero, scaled_q;
+
+  void fit(int64_t tokens, int64_t dim, int64_t value_dim) {
+    const size_t padded_tokens = padded(tokens);
+    grow(k, padded_tokens * padded(dim));
+    grow(v, padded_tokens * padded(value_dim));
+    grow(weights, 4 * padded_tokens);
+    grow(v_scale, padded_tokens);
+    grow(v_zero, padded_tokens);
+    grow(k_scale, padded(dim));
+    grow(k_zero, padded(dim));
+    grow(scaled_q, 4 * padded(dim));
+    if (tokens_ != tokens || dim_ != dim || value_dim_ != value_dim) {  // what lies behind must be zero again
+      for (auto* buffer : {&k, &v, &weights, &v_scale, &v_zero, &k_scale, &k_zero}) std::fill(buffer->begin(), buffer->end(), 0.0f);
+      tokens_ = tokens, dim_ = dim, value_dim_ = value_dim;
+    }
+  }
+
+ private:
+  static void grow(std::vector<float>& buffer, size_t size) {
+    if (buffer.size() < size) buffer.assign(size, 0.0f);
+  }
+  int64_t tokens_ = 0, dim_ = 0, value_dim_ = 0;
+};
+
+Tile& scratch(int64_t tokens, int64_t dim, int64_t value_dim) {
+  thread_local Tile tile;
+  tile.fit(tokens, dim, value_dim);
+  return tile;
+}
+
+// Key row (block, head, token) decoded to y; scale and zero are the block's, as floats.
+inline void key_row(const Keys& keys, int64_t row, const float* scale, const float* zero, float* y) {
+  const int64_t dim = keys.dim;
+  if (keys.raw) return to_float(keys.raw, keys.dtype, row * dim, dim, y);
+  const int64_t high_bytes = dim * keys.hi_bits / 8, low_bytes = dim * keys.lo_bits / 8;
+  unpack_row(keys.high + row * high_bytes, keys.low ? keys.low + row * low_bytes : nullptr, dim, keys.hi_bits,
+             keys.low ? keys.lo_bits : 0, y);
+  for (int64_t d = 0; d < dim; ++d) y[d] = y[d] * scale[d] + zero[d];
+}
+
+inline void key_scales(const Keys& keys, int64_t id, int64_t head, Tile& tile) {
+  const int64_t at = (id * keys.groups + head) * keys.dim;
+  to_float(keys.scale, Dtype::kFloat16, at, keys.dim, tile.k_scale.data());
+  to_float(keys.zero, Dtype::kFloat16, at, keys.dim, tile.k_zero.data());
+}
+
+// Value row decoded to y, codes bare; what they stand for goes to scale and zero.
+inline void value_row(const Values& values, int64_t row, float* y, float& scale, float& zero) {
+  const int64_t dim = values.dim;
+  if (values.raw) {
+    to_float(values.raw, values.dtype, row * dim, dim, y);
+    scale = 1.0f, zero = 0.0f;
+    return;
+  }
+  unpack_row(values.codes + row * (dim * values.bits / 8), nullptr, dim, values.bits, 0, y);
+  scale = from_half(values.scale[row]), zero = from_half(values.zero[row]);
+}
+
+// Memory that will be read next, fetched a few lines at a time between computations: all at once would stall them.
+class Ahead {
+ public:
+  void clear() { spans_ = at_ = 0, lines_ = 0; }
+  void add(const char* from, int64_t bytes) {
+    span_[spans_++] = {from, (bytes + 63) / 64};
+    lines_ += (bytes + 63) / 64;
+  }
+  // Divides the fetching over `tokens` tokens of computation.
+  void spread_over(int64_t tokens) { per_token_ = (lines_ + tokens - 1) / tokens; }
+  void fetch(int64_t tokens) {
+    for (int64_t n = per_token_ * tokens; n > 0 && at_ < spans_; --n) {
+      Span& span = span_[at_];
+      __builtin_prefetch(span.from);
+      span.from += 64;
+      if (--span.lines == 0) ++at_;
+    }
+  }
+
+ private:
+  struct Span {
+    const char* from;
+    int64_t lines;
+  };
+  Span span_[4];
+  int spans_ = 0, at_ = 0;
+  int64_t lines_ = 0, per_token_ = 0;
+};
+
+// Dot products of NR rows of q with the tile's tokens: logits [NR, padded tokens].
+template <int NR>
+void dots(const float* q, int64_t q_stride, const float* k, int64_t tokens, int64_t dim, float* logits,
+          int64_t logits_stride, Ahead* ahead) {
+  constexpr int NT = NR >= 3 ? 2 : 4;  // enough sums in flight to hide the latency of a multiply-add
+  for (int64_t t = 0; t < tokens; t += NT) {
+    if (ahead) ahead->fetch(NT);
+    Vec total[NR][NT];
+    for (int r = 0; r < NR; ++r)
+      for (int j = 0; j < NT; ++j) total[r][j] = Vec{};
+    for (int64_t d = 0; d < dim; d += W) {
+      Vec key[NT];
+      for (int j = 0; j < NT; ++j) key[j] = load(k + (t + j) * dim + d);
+      for (int r = 0; r < NR; ++r) {
+        const Vec query = load(q + r * q_stride + d);
+        for (int j = 0; j < NT; ++j) total[r][j] += query * key[j];
+      }
+    }
+    if constexpr (NR * NT % 4 == 0) {
+      float totals[NR * NT];
+      for (int i = 0; i < NR * NT; i += 4) sum4(&total[0][0] + i, totals + i);
+      for (int r = 0; r < NR; ++r)
+        for (int j = 0; j < NT; ++j) logits[r * logits_stride + t + j] = totals[r * NT + j];
+    } else {
+      for (int r = 0; r < NR; ++r)
+        for (int j = 0; j < NT; ++j) logits[r * logits_stride + t + j] = sum(total[r][j]);
+    }
+  }
+}
+
+// out [NR, dim] += weights [NR, tokens] v [tokens, padded dim]; out rows are dim apart, so the last piece may be cut.
+template <int NR>
+void accumulate(const float* weights, int64_t weights_stride, const float* v, int64_t tokens, int64_t dim, float* out) {
+  constexpr int NV = static_cast<int>(kPad) / W;
+  const int64_t padded_dim = padded(dim);
+  for (int64_t d = 0; d < dim; d += kPad) {
+    Vec total[NR][NV];
+    for (int r = 0; r < NR; ++r)
+      for (int i = 0; i < NV; ++i) total[r][i] = Vec{};
+    for (int64_t t = 0; t < tokens; ++t) {
+      Vec value[NV];
+      for (int i = 0; i < NV; ++i) value[i] = load(v + t * padded_dim + d + i * W);
+      for (int r = 0; r < NR; ++r) {
+        const Vec weight = splat(weights[r * weights_stride + t]);
+        for (int i = 0; i < NV; ++i) total[r][i] += weight * value[i];
+      }
+    }
+    if (dim - d >= kPad) {
+      for (int r = 0; r < NR; ++r)
+        for (int i = 0; i < NV; ++i) {
+          float* to = out + r * dim + d + i * W;
+          store(to, load(to) + total[r][i]);
+        }
+    } else {
+      for (int r = 0; r < NR; ++r) {
+        float part[kPad];
+        std::memcpy(part, total[r], sizeof part);
+        for (int64_t i = 0; i < dim - d; ++i) out[r * dim + d + i] += part[i];
+      }
+    }
+  }
+}
+
+#if PIKV_WIDTH > 1
+#include "fused.inl"
+#else
+inline bool codes_in_place(const Keys&) { return false; }
+inline bool codes_in_place(const Values&) { return false; }
+#endif
