@@ -8,12 +8,10 @@ from __future__ import annotations
 import functools
 import heapq
 from collections.abc import Callable, Iterable, Mapping
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-
-from pikv_megatron.compressor import Field
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,6 +28,13 @@ def keeps_tensors(method: Callable[P, R]) -> Callable[P, R]:
             return method(*args, **kwargs)
 
     return call
+
+
+class Field(NamedTuple):
+    """One tensor of a stored block, without the leading dimension of blocks."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class PoolFullError(RuntimeError):
@@ -97,7 +102,8 @@ class BlockPool:
         if blocks > len(self._free):
             raise PoolFullError(
                 f"{what}: needs {blocks} blocks of {self.block_size} tokens in the {self.kind} tier, "
-                f"{len(self._free)} of {self.num_blocks} are free; release requests or raise max_tokens (tiers[].bytes)"
+                f"{len(self._free)} of {self.num_blocks} are free; release requests or raise max_tokens "
+                "(tiers[].bytes, where it is set)"
             )
 
     def allocate(self, blocks: int) -> list[int]:

@@ -1,5 +1,5 @@
-"""Budgets: how many tokens each layer may hold on the device (PyramidKV, arXiv 2406.02069), and which blocks leave
-when it holds more.
+"""Budgets: how many tokens of one request each layer may hold on the device (PyramidKV, arXiv 2406.02069), and which
+blocks leave when it holds more.
 
 Whole blocks leave, never single tokens: a block is the unit of memory, of transfer and of recovery. Sinks and window
 always stay; up to block_size - 1 tokens that have left the window but do not fill a block yet ride on top of the
@@ -19,7 +19,7 @@ PYRAMID_BETA = 20
 
 
 def layer_budgets(model: ModelConfig, runtime: RuntimeConfig) -> list[int] | None:
-    """Tokens each layer may hold, C_i = C_1 - (i - 1) d, or None where budget.policy is none.
+    """Tokens of one request that each layer may hold, C_i = C_1 - (i - 1) d, or None where budget.policy is none.
 
     Every layer needs at least sinks + window. With total_tokens and no step, the share above that floor falls
     from layer to layer as in PyramidKV's code: its last layer gets 1/20 of the average.
@@ -60,9 +60,14 @@ def layer_budgets(model: ModelConfig, runtime: RuntimeConfig) -> list[int] | Non
     return tokens
 
 
-def blocks_allowed(tokens: int, runtime: RuntimeConfig) -> int:
-    """Sealed blocks that fit a layer's budget of `tokens` beside sinks and window."""
-    return (tokens - runtime.sinks - runtime.window) // runtime.block_size
+def allowed_blocks(model: ModelConfig, runtime: RuntimeConfig) -> list[int] | None:
+    """Sealed blocks of one request that each layer's budget leaves on the device beside sinks and window; None where
+    there is no budget.
+    """
+    budgets = layer_budgets(model, runtime)
+    if budgets is None:
+        return None
+    return [(tokens - runtime.sinks - runtime.window) // runtime.block_size for tokens in budgets]
 
 
 def least_important(importance: Tensor, count: int) -> Tensor:

@@ -6,25 +6,25 @@ when they leave it, `selection` and `ops` to attend. What a stage measures is ga
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pikv_megatron import checks, ops
+from pikv_megatron import checks
 from pikv_megatron import config as configs
 from pikv_megatron.attention import Attention
 from pikv_megatron.blocks import BlockTable, PoolFullError, keeps_tensors
-from pikv_megatron.budget import layer_budgets
 from pikv_megatron.compressor import LARGEST, Compressor
-from pikv_megatron.expert_cache import ExpertKVCache, gather_decoded, group_rows, ungroup
+from pikv_megatron.expert_cache import ExpertKVCache
+from pikv_megatron.layout import gather_decoded, group_rows, ungroup
 from pikv_megatron.metrics import ReadMeter, cache_stats
 from pikv_megatron.sealing import LayerState, Sealer
 from pikv_megatron.sharding.placement import Placement
 from pikv_megatron.streamer import Streamer
-from pikv_megatron.tiers import build_tiers
+from pikv_megatron.tiers import build_tiers, capacity_tokens
 from pikv_megatron.window import LayerWindow, WindowBuffer, raw_positions
 
 
@@ -42,11 +42,9 @@ class AttendResult(NamedTuple):
     """Attention of some query tokens.
 
     out: [tokens, num_attention_heads, v_head_dim] in q's dtype. lse: [tokens, num_attention_heads] float32, over what
-    was read.
-    missed_estimate, missed_certificate: [tokens, num_attention_heads] float32, the share of each head's softmax, over
-    what the cache
-    stores, that was not read: expected, and never exceeded. Zero where everything was read. The output is off by at
-    most 2 * missed * max|v|.
+    was read. missed_estimate, missed_certificate: [tokens, num_attention_heads] float32, the share of each head's
+    softmax, over what the cache stores, that was not read: expected, and never exceeded. Zero where everything was
+    read. The output is off by at most 2 * missed * max|v|.
     """
 
     out: Tensor
@@ -69,6 +67,7 @@ class PiKVCache:
     Args:
         model: ModelConfig, dict of its keys, or YAML path; a file (or dict) has the sections `model` and `runtime`.
         runtime: RuntimeConfig, dict of its keys, or YAML path; None takes what came with `model`, else the defaults.
+        streamer: told of every sealed block and every released request; None: one that is off.
 
     Raises:
         ConfigError: a config that cannot be used, naming the key.
@@ -82,13 +81,17 @@ class PiKVCache:
         self,
         model: configs.ModelConfig | configs.Source,
         runtime: configs.RuntimeConfig | configs.Source | None = None,
+        streamer: Streamer | None = None,
     ) -> None:
         self.model, self.runtime = configs.resolve(model, runtime)
         self.compressor = Compressor(self.model, self.runtime)
         self.placement = Placement(self.model, self.runtime)
-        self.streamer = Streamer()
-        layer_budgets(self.model, self.runtime)  # refuses a bad budget before memory is taken
+        self.streamer = Streamer() if streamer is None else streamer
         self.tiers = build_tiers(self.model, self.runtime, self.compressor)
+        self.capacity_tokens = capacity_tokens(self.model, self.runtime, self.tiers)
+        """Tokens per layer, all requests together, that fit however they are divided: max_tokens, or less where
+        tiers[].bytes says so.
+        """
         self._sealer = Sealer(self.model, self.runtime, self.compressor, self.tiers, self.streamer)
         self._windows = [WindowBuffer(self.model, self.runtime) for _ in range(self.model.num_layers)]
         self._free_slots = list(range(self.runtime.max_requests))
@@ -113,6 +116,9 @@ class PiKVCache:
         checks.check_layer(layer_id, self.model)
         checks.check_request_id(request_id)
         tokens = checks.check_kv(k, v, self.model, self.runtime, self.compressor.largest)
+        self._append(layer_id, k, v, tokens, request_id, start)
+
+    def _append(self, layer_id: int, k: Tensor, v: Tensor, tokens: int, request_id: int, start: int | None) -> None:
         request = self._requests.get(request_id)
         checks.check_start(start, request.layers[layer_id].length if request else 0, request_id, layer_id)
         created = request is None
@@ -129,6 +135,26 @@ class PiKVCache:
         state.length += tokens
         self._inherit_labels(request, state, tokens)
 
+    def check_room(self, tokens: Mapping[int, int]) -> None:
+        """Checks that a step fits: that these numbers of tokens per request can be appended to every layer.
+
+        A model's forward appends layer by layer; asked before the first one, a step that does not fit is refused whole.
+
+        Raises:
+            PoolFullError: a tier has too few free blocks, or too many requests would be live. Nothing has changed.
+        """
+        new = [request_id for request_id in tokens if request_id not in self._requests]
+        if len(new) > len(self._free_slots):
+            raise self._no_slot(new)
+        needed = [0] * len(self.tiers)
+        for request_id, count in tokens.items():
+            request = self._requests.get(request_id)
+            for layer_id in range(self.model.num_layers):
+                state = None if request is None else request.layers[layer_id]
+                needed = [a + b for a, b in zip(needed, self._sealer.needed(layer_id, state, count), strict=True)]
+        self._sealer.check_room(needed, f"{sum(tokens.values())} tokens of {len(tokens)} requests in every layer")
+
+    @keeps_tensors
     def update(
         self,
         layer_id: int,
@@ -149,10 +175,11 @@ class PiKVCache:
         if isinstance(k, Tensor) and isinstance(v, Tensor) and k.dim() == 2 and v.dim() == 2:
             k, v = k.unsqueeze(0), v.unsqueeze(0)
         checks.check_layer(layer_id, self.model)
+        checks.check_request_id(request_id)
         tokens = checks.check_kv(k, v, self.model, self.runtime, self.compressor.largest)
         start = checks.first_position(token_id, tokens)
         if expert_ids is None:
-            self.append(layer_id, k, v, request_id, start)
+            self._append(layer_id, k, v, tokens, request_id, start)
             return
         checks.check_has_experts(layer_id, self.model)
         ids = torch.as_tensor(expert_ids, device=k.device)
@@ -160,7 +187,7 @@ class PiKVCache:
         weights = torch.full(ids.shape, 1.0 / self.model.topk, device=k.device)
         if checks.check_routing(ids, weights, self.model, self.runtime.torch_device, tokens) != tokens:
             raise ValueError(f"expert_ids: expected experts of all {tokens} tokens, got {ids.shape[0]}")
-        self.append(layer_id, k, v, request_id, start)
+        self._append(layer_id, k, v, tokens, request_id, start)
         self._label(self._requests[request_id].layers[layer_id], ids, weights)
 
     @keeps_tensors
@@ -218,11 +245,11 @@ class PiKVCache:
             )
         checks.check_finite("q", q, self.runtime, min(torch.finfo(q.dtype).max, LARGEST))
         merged, missed = self._attention.attend(state, group_rows(q, model.num_query_groups), tokens)
-        out, lse = ungroup(merged, tokens)
+        out, lse = ungroup(merged.out, tokens), ungroup(merged.lse, tokens)
         if missed is None:
             estimate = certificate = torch.zeros_like(lse)
         else:
-            estimate, certificate = (ungroup(ops.Partial(merged.out, m), tokens).lse for m in missed)
+            estimate, certificate = (ungroup(m, tokens) for m in missed)
         if model.label_source(layer_id) != layer_id:
             self._sealer.seal(state)  # a dense layer has its labels already
         return AttendResult(out.to(q.dtype), lse, estimate, certificate)
@@ -271,15 +298,13 @@ class PiKVCache:
         states = [state for request in self._requests.values() for state in request.layers]
         return cache_stats(
             self.tiers, self._windows, len(self._requests), states, self.placement, self._sealer, self._meter
-        )
+        ) | {"capacity_tokens": self.capacity_tokens}
 
     # ---- inside
 
     def _create(self, request_id: int) -> _Request:
         if not self._free_slots:
-            raise RuntimeError(
-                f"max_requests: all {self.runtime.max_requests} are live, no room for request {request_id}"
-            )
+            raise self._no_slot([request_id])
         slot = self._free_slots.pop(0)
         layers = [
             LayerState(
@@ -293,6 +318,13 @@ class PiKVCache:
         ]
         self._requests[request_id] = _Request(slot, layers)
         return self._requests[request_id]
+
+    def _no_slot(self, new: list[int]) -> PoolFullError:
+        live = len(self._requests)
+        names = ", ".join(map(str, new))
+        return PoolFullError(
+            f"max_requests: {live} of {self.runtime.max_requests} requests are live, no room for request {names}"
+        )
 
     def _request(self, request_id: int) -> _Request:
         checks.check_request_id(request_id)

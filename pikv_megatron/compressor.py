@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pikv_megatron import ops
+from pikv_megatron.blocks import Field
 from pikv_megatron.config import CODE_BITS, ModelConfig, RuntimeConfig
 
 KEY_PLANES = {"none": (2, 0), "int8": (4, 4), "int4": (2, 2), "int2": (2, 0)}
@@ -24,13 +24,6 @@ KEY_PLANES = {"none": (2, 0), "int8": (4, 4), "int4": (2, 2), "int2": (2, 0)}
 FP16_MAX = torch.finfo(torch.float16).max
 LARGEST = 1e18
 """Largest magnitude of q, k and v: dot products of larger ones may not fit float32, and their softmax would be nan."""
-
-
-class Field(NamedTuple):
-    """One tensor of a stored block, without the leading dimension of blocks."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)

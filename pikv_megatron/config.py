@@ -233,10 +233,16 @@ class RuntimeConfig:
         kinds = [tier.kind for tier in self.tiers]
         if kinds not in (["device"], ["device", "host"]):
             raise ConfigError(f"runtime.tiers: expected [device] or [device, host], fastest first, got {kinds}")
-        if self.budget.policy != "none" and self.budget.over_budget == "demote" and len(kinds) == 1:
+        demotes = self.budget.policy != "none" and self.budget.over_budget == "demote"
+        if demotes and len(kinds) == 1:
             raise ConfigError(
                 "runtime.budget.over_budget: 'demote' needs a tier below the device, got tiers [device]; "
                 "add {kind: host}"
+            )
+        if len(kinds) == 2 and not demotes:
+            raise ConfigError(
+                "runtime.tiers: nothing would be placed in the host tier, expected budget.policy and "
+                f"budget.over_budget 'demote' with it, got {self.budget.policy!r} and {self.budget.over_budget!r}"
             )
         try:
             self.torch_device  # noqa: B018 - a bad device string fails here, not at the first tensor

@@ -6,8 +6,6 @@ of what the cache holds for an expert at that moment.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -23,7 +21,8 @@ from pikv_megatron.checks import (
     check_tensor,
 )
 from pikv_megatron.compressor import LARGEST, Compressor
-from pikv_megatron.tiers import build_tiers, resident
+from pikv_megatron.layout import gather_decoded, group_rows, ungroup
+from pikv_megatron.tiers import blocks_for, build_pool, resident
 
 
 class ExpertKVCache:
@@ -76,9 +75,7 @@ class ExpertKVCache:
     def pool(self) -> BlockPool:
         """This shard's own memory, allocated and touched at first use."""
         if self._pool is None:
-            self._pool = build_tiers(
-                dataclasses.replace(self.model, num_layers=1, moe_layers=None), self.runtime, self.compressor
-            )[0]
+            self._pool = build_pool("device", blocks_for(self.runtime), self.runtime, self.compressor)
         return self._pool
 
     def requests(self) -> list[int]:
@@ -118,10 +115,14 @@ class ExpertKVCache:
         count = tokens // size
         self.pool.check_free(count, f"put: request {request_id}")
         starts = torch.arange(start, start + tokens, size, device=k.device)
-        held = {s for table in self._tables.get(request_id, []) for s in table.pool.start[table.tensor].tolist()}
-        clash = [s for s in starts.tolist() if any(abs(s - h) < size for h in held)]
-        if clash:
-            raise ValueError(f"start: request {request_id} already holds tokens of the block at position {clash[0]}")
+        for table in self._tables.get(request_id, []):
+            held = table.pool.start[table.tensor]
+            clash = held[(held > start - size) & (held < start + tokens)]
+            if len(clash):
+                raise ValueError(
+                    f"start: expected positions {start} .. {start + tokens - 1} to be new, request {request_id} "
+                    f"already holds a block from {int(clash[0])} on"
+                )
         encoded = self.compressor.encode(*(x.unflatten(0, (count, size)).transpose(1, 2) for x in (k, v)))
         table = self._tables.setdefault(request_id, [BlockTable(self.pool)])[0]
         first = len(table)
@@ -152,7 +153,8 @@ class ExpertKVCache:
             fields, ids = resident(table.pool, table.tensor, q.device)
             keys, values = self.compressor.keys(fields), self.compressor.values(fields)
             partials.append(ops.attend_blocks(rows, keys, values, ids, self.model.scale))
-        return ungroup(ops.merge_partials(partials), tokens)
+        merged = ops.merge_partials(partials)
+        return ops.Partial(ungroup(merged.out, tokens), ungroup(merged.lse, tokens))
 
     def retrieve(self, request_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Decoded k, v [tokens, num_query_groups, channels] in the model's dtype and positions [tokens], in position
@@ -179,33 +181,3 @@ class ExpertKVCache:
                 f"request {request_id} has no blocks of layer {self.layer_id}, expert {self.expert_id}"
             )
         return self._tables[request_id]
-
-
-def group_rows(q: Tensor, groups: int) -> Tensor:
-    """q [tokens, heads, D] as rows of their KV heads: [groups, heads_per_group * tokens, D], tokens fastest."""
-    tokens, heads, dim = q.shape
-    return q.view(tokens, groups, heads // groups, dim).permute(1, 2, 0, 3).reshape(groups, -1, dim)
-
-
-def ungroup(partial: ops.Partial, tokens: int) -> ops.Partial:
-    """Inverse of group_rows for a partial: out [tokens, heads, E], lse [tokens, heads]."""
-    groups, rows, dim = partial.out.shape
-    out = partial.out.view(groups, rows // tokens, tokens, dim).permute(2, 0, 1, 3)
-    lse = partial.lse.view(groups, rows // tokens, tokens).permute(2, 0, 1)
-    return ops.Partial(out.reshape(tokens, -1, dim), lse.reshape(tokens, -1))
-
-
-def gather_decoded(
-    tables: list[BlockTable], compressor: Compressor, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Decoded tokens of blocks in position order: k, v [tokens, groups, channels], positions [tokens]."""
-    parts = []
-    for table in tables:
-        stored = {name: tensor.index_select(0, table.tensor).to(device) for name, tensor in table.pool.fields.items()}
-        k, v = (x.transpose(1, 2).flatten(0, 1) for x in compressor.decode(stored))
-        start = table.pool.start.index_select(0, table.tensor).to(device)
-        offsets = torch.arange(table.pool.block_size, device=device)
-        parts.append((k, v, (start.unsqueeze(1) + offsets).flatten()))
-    k, v, positions = (torch.cat(part) for part in zip(*parts, strict=True))
-    order = positions.argsort()
-    return k[order], v[order], positions[order]

@@ -2,9 +2,8 @@
 a layer is over its budget, its least important blocks are dropped or demoted to the next tier.
 
 Memory is reserved when tokens are appended, so that sealing itself cannot fail. In decode one block is sealed at a
-time and nothing is
-copied to the host: over budget, the new block takes the place of the least important one, found and overwritten on
-the device.
+time and nothing is copied to the host: over budget, the new block takes the place of the least important one, found
+and overwritten on the device.
 """
 
 from __future__ import annotations
@@ -70,8 +69,7 @@ class Sealer:
     ) -> None:
         self._model, self._runtime, self._compressor = model, runtime, compressor
         self._tiers, self._streamer = tiers, streamer
-        budgets = budget.layer_budgets(model, runtime)
-        self._allowed = None if budgets is None else [budget.blocks_allowed(tokens, runtime) for tokens in budgets]
+        self._allowed = budget.allowed_blocks(model, runtime)
         self.dropped = self.demoted = 0
         """Blocks that budgets have dropped and demoted so far, over all requests."""
 
@@ -79,22 +77,31 @@ class Sealer:
         """Whole blocks that have left the window of a layer with `tokens` raw tokens."""
         return max(0, (tokens - self._runtime.sinks - self._runtime.window) // self._runtime.block_size)
 
+    def needed(self, layer_id: int, state: LayerState | None, tokens: int) -> list[int]:
+        """Blocks of each tier to reserve when `tokens` more are appended to a layer; state None: of a new request."""
+        raw, held = 0, 0
+        if state is not None:
+            raw, held = state.window.tokens, len(state.tables[0]) + (len(state.reserved[0]) if state.reserved else 0)
+        waiting = self.overflow(raw)  # has its reserved blocks, so that sealing it changes no pool's free count
+        needed = [self.overflow(raw - waiting * self._runtime.block_size + tokens)] + [0] * (len(self._tiers) - 1)
+        if self._allowed is not None:
+            over = max(0, needed[0] - max(0, self._allowed[layer_id] - held))
+            needed[0] -= over
+            if self._runtime.budget.over_budget == "demote":
+                needed[1] = over
+        return needed
+
+    def check_room(self, needed: list[int], what: str) -> None:
+        """Raises PoolFullError where a tier has fewer free blocks than `needed`."""
+        for pool, blocks in zip(self._tiers, needed, strict=True):
+            pool.check_free(blocks, what)
+
     def make_room(self, state: LayerState, tokens: int) -> None:
         """Seals what has left the window already, and reserves what sealing will need once `tokens` more have been
         appended. Raises PoolFullError; nothing was sealed or reserved then.
         """
-        waiting = self.overflow(state.window.tokens)  # has its reserved blocks, so that no pool's free count changes
-        left = state.window.tokens - waiting * self._runtime.block_size
-        needed = [self.overflow(left + tokens)] + [0] * (len(self._tiers) - 1)
-        if self._allowed is not None:
-            held = len(state.tables[0]) + (len(state.reserved[0]) if state.reserved else 0)
-            room = max(0, self._allowed[state.layer_id] - held)
-            over = max(0, needed[0] - room)
-            needed[0] -= over
-            if self._runtime.budget.over_budget == "demote":
-                needed[1] = over
-        for pool, blocks in zip(self._tiers, needed, strict=True):
-            pool.check_free(blocks, f"request {state.request_id}, layer {state.layer_id}")
+        needed = self.needed(state.layer_id, state, tokens)
+        self.check_room(needed, f"request {state.request_id}, layer {state.layer_id}")
         self.seal(state)
         state.reserved = [pool.allocate(blocks) for pool, blocks in zip(self._tiers, needed, strict=True)]
 

@@ -409,7 +409,7 @@ def test_a_tier_that_holds_no_block():
 
 def test_too_many_requests():
     cache = _cache()
-    _refuses(cache, lambda: cache.append(0, K, V, request_id=1), RuntimeError, "max_requests", "all 2", "request 1")
+    _refuses(cache, lambda: cache.append(0, K, V, request_id=1), PoolFullError, "max_requests", "2 of 2", "request 1")
 
 
 def test_a_released_request_is_gone_and_can_come_again():

@@ -28,7 +28,7 @@ from dense import (
 )
 
 from pikv_megatron import ConfigError, PiKVCache
-from pikv_megatron.budget import blocks_allowed, layer_budgets, least_important
+from pikv_megatron.budget import allowed_blocks, layer_budgets, least_important
 
 TIERS = [{"kind": "device"}, {"kind": "host"}]
 FLOOR = 2 + 6  # sinks + window of the runtime below
@@ -102,7 +102,7 @@ def test_the_budget_holds_where_nobody_asks_or_tells(budget, over):
         cache.update(2, range(length, length + tokens), *random_kv(cache.model, tokens, rng))
         length += tokens
         assert _device_tokens(cache, 2) <= allowed[2] + size - 1 + tokens
-        assert len(cache._requests[0].layers[2].tables[0]) <= blocks_allowed(allowed[2], cache.runtime)
+        assert len(cache._requests[0].layers[2].tables[0]) <= allowed_blocks(cache.model, cache.runtime)[2]
     assert cache.length(0, 2) == length
     cache.release(0)
     assert_pools_free(cache)
@@ -343,8 +343,52 @@ def test_the_smallest_budgets_are_accepted():
 
 
 def test_blocks_that_fit():
-    runtime = runtime_config()
-    assert [blocks_allowed(FLOOR + n, runtime) for n in (0, 3, 4, 7, 8)] == [0, 0, 1, 1, 2]
+    budget = {"policy": "pyramid", "first_layer_tokens": FLOOR + 8, "step": 2, "over_budget": "drop"}
+    model = model_config(num_layers=5)
+    assert allowed_blocks(model, runtime_config(budget=budget)) == [2, 1, 1, 0, 0]
+    assert allowed_blocks(model, runtime_config()) is None
+
+
+@pytest.mark.parametrize("over", ["drop", "demote"])
+def test_memory_is_taken_for_the_budget_alone(over):
+    """Pools have the blocks that layers may hold, not those of every token; the rest has its place on the host."""
+    budget = {"policy": "pyramid", "first_layer_tokens": FLOOR + 8, "step": 3}
+    cache, whole = _cache(budget, over, max_requests=2), PiKVCache(model_config(num_layers=3), runtime_config())
+    per_layer = 512 // 4
+    assert whole.tiers[0].num_blocks == 3 * per_layer
+    assert cache.tiers[0].num_blocks == 2 * (2 + 1 + 0)
+    assert cache.tiers[0].allocated_bytes < whole.tiers[0].allocated_bytes / 50
+    if over == "demote":
+        assert cache.tiers[1].num_blocks == 3 * per_layer - (2 + 1 + 0)
+    rng, total = generator(2), cache.capacity_tokens
+    assert total == 512
+    for request_id, tokens in ((0, 400), (1, total - 400)):  # all of it fits, however it is divided
+        for layer_id in range(3):
+            cache.append(layer_id, *random_kv(cache.model, tokens, rng), request_id)
+            cache.attend(layer_id, random_q(cache.model, tokens, rng), request_id)
+            cache.observe_routing(layer_id, *random_routing(cache.model, tokens, rng), request_id)
+    held = cache.stats()["tiers"]["device"]
+    assert held["blocks_used"] == held["blocks_total"]
+
+
+def test_capacity_is_what_the_smallest_tier_lets_in():
+    budget = {"policy": "uniform", "first_layer_tokens": FLOOR + 8}  # two blocks of 4 tokens a layer
+    block = _cache(budget, "demote").tiers[0].block_bytes
+
+    def capacity(device, host, requests=3):
+        tiers = [
+            {"kind": "device", "bytes": device and device * block},
+            {"kind": "host", "bytes": host and host * block},
+        ]
+        return _cache(budget, "demote", tiers=tiers, max_requests=requests).capacity_tokens
+
+    assert capacity(None, None) == 512
+    assert capacity(None, 3 * 10) == (10 + 2) * 4
+    assert capacity(18, None) == 512  # three requests' two blocks in three layers
+    assert capacity(17, None) == 5 * 4
+    assert capacity(17, None, requests=2) == 512
+    with pytest.raises(ConfigError, match=r"tiers\[0\].bytes: expected at least \d+ .*, got"):
+        capacity(2, None)
 
 
 def test_least_important_blocks():

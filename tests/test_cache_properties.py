@@ -121,6 +121,13 @@ class Driver:
             else:
                 getattr(self, name)(layer, request, tokens)
 
+    def tokens_with(self, layer: int, tokens: int) -> int:
+        """The largest layer's tokens, all requests together, once `tokens` more are in `layer`."""
+        live = self.cache.requests()
+        held = [sum(self.cache.length(r, i) for r in live) for i in range(LAYERS)]
+        held[layer] += tokens
+        return max(held)
+
     def append(self, name: str, layer: int, request: int, tokens: int) -> bool:
         cache, length = self.cache, self.length(layer, request)
         k, v = random_kv(cache.model, tokens, self.rng)
@@ -131,10 +138,8 @@ class Driver:
             else:
                 cache.update(layer, range(length, length + tokens), k, v, request)
         except PoolFullError:
-            assert snapshot(cache) == before
-            return False
-        except RuntimeError:
-            assert len(self.appended) == 3  # max_requests
+            slots = request in self.appended or len(self.appended) < 3
+            assert not slots or self.tokens_with(layer, tokens) > cache.capacity_tokens
             assert snapshot(cache) == before
             return False
         self.appended.setdefault(request, [[] for _ in range(LAYERS)])[layer].append((k, v))

@@ -124,6 +124,7 @@ WRONG = [
     ("runtime", {"tiers": {"kind": "device"}}, "runtime.tiers", "kind"),
     ("runtime", {"tiers": [{"kind": "host"}]}, "runtime.tiers", "host"),
     ("runtime", {"tiers": [{"kind": "host"}, {"kind": "device"}]}, "runtime.tiers", "host"),
+    ("runtime", {"tiers": [{"kind": "device"}, {"kind": "host"}]}, "runtime.tiers", "'none'"),
     ("runtime", {"tiers": [{"kind": "tape"}]}, "runtime.tiers[0].kind", "'tape'"),
     ("runtime", {"tiers": [{"bytes": 0}]}, "runtime.tiers.bytes", "0"),
     ("runtime", {"streamer": {"path": "/somewhere"}}, "runtime.streamer.path", "'/somewhere'"),
@@ -196,6 +197,7 @@ def test_yaml_habits():
       overlap: {prefetch: off}
       codec: {keys: null}
       attention: {epsilon: 1}
+      budget: {policy: uniform, first_layer_tokens: 500}
       tiers: [{kind: device}, {kind: host, bytes: 4096}]
     """
     model, runtime = load(yaml.safe_load(text))
@@ -227,7 +229,7 @@ def test_dump_is_read_back_to_equal_configs(tmp_path):
         max_tokens=4096,
         attention=AttentionConfig(mode="mass", epsilon=1e-6),
         codec=CodecConfig("int8", "int4"),
-        budget=BudgetConfig(policy="pyramid", total_tokens=3000, over_budget="drop"),
+        budget=BudgetConfig(policy="pyramid", total_tokens=3000),
         tiers=(TierConfig(), TierConfig("host", 10**9)),
         overlap=OverlapConfig("off"),
     )

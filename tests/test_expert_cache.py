@@ -77,8 +77,12 @@ def test_alone_it_refuses_what_does_not_fit():
     before = state()
     for arguments, error, message in [
         ((0, 0, k[:5], v[:5]), ValueError, r"k: expected a multiple of block_size \(4\) tokens, got 5"),
-        ((0, 8, k, v), ValueError, "start: request 0 already holds tokens .* position 8"),
-        ((0, 5, k[:4], v[:4]), ValueError, "already holds tokens .* position 5"),
+        (
+            (0, 8, k, v),
+            ValueError,
+            "start: expected positions 8 .. 15 to be new, request 0 already holds a block from 8",
+        ),
+        ((0, 5, k[:4], v[:4]), ValueError, "expected positions 5 .. 8 to be new, request 0 already holds a block from"),
         ((0, -4, k, v), ValueError, "start: expected a position of at least 0, got -4"),
         ((0, 1.0, k, v), ValueError, "start: expected a position of at least 0, got 1.0"),
         (("a", 0, k, v), TypeError, "request_id: expected an int, got 'a'"),

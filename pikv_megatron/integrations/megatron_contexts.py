@@ -76,13 +76,18 @@ class PiKVContext:
             [sequence, batch, num_attention_heads, v_head_dim]; rows of padding are zero.
 
         Raises:
-            RuntimeError: `query` asks for gradients. What the cache refuses is its own error.
+            RuntimeError: `query` asks for gradients.
+            PoolFullError: the step does not fit the cache; told at the first layer, where nothing has changed.
+                What else the cache refuses is its own error.
         """
         if query.requires_grad:
             raise RuntimeError("gradients do not pass through a PiKV cache: run the model under torch.no_grad()")
         self._shape = sequence, batch = query.shape[0], query.shape[1]
         out = query.new_zeros(*query.shape[:-1], value.shape[-1])
-        for segment in self.segments(sequence, batch):
+        segments = self.segments(sequence, batch)
+        if layer_id == 0:  # a step that does not fit is refused before any layer has taken its tokens
+            self.cache.check_room({segment.request_id: query[segment.index].shape[0] for segment in segments})
+        for segment in segments:
             rows, request_id = segment.index, segment.request_id
             self.cache.append(layer_id, key[rows], value[rows], request_id, segment.start)
             out[rows] = self.cache.attend(layer_id, query[rows], request_id)[0]
@@ -135,11 +140,11 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
         model_cfg: The model's shapes: `ModelConfig`, dict or YAML path; `model_config(...)` makes one from Megatron's.
         runtime_cfg: `RuntimeConfig`, dict or YAML path; None for the defaults.
         max_batch_size: Rows at most; None for `runtime_cfg.max_requests`.
-        max_sequence_length: Tokens per row at most, prompt and answer; None for `runtime_cfg.max_tokens`. Megatron
-            computes rotary angles up to it.
+        max_sequence_length: Tokens per row at most, prompt and answer; None for what the cache can hold
+            (`capacity_tokens`: `max_tokens`, or what fits the tiers' bytes). Megatron computes rotary angles up to it.
 
     Raises:
-        ValueError: `max_batch_size` is not in 1 .. `max_requests`, `max_sequence_length` not in 1 .. `max_tokens`.
+        ValueError: `max_batch_size` is not in 1 .. `max_requests`, `max_sequence_length` not in 1 .. `capacity_tokens`.
     """
 
     def __init__(
@@ -149,20 +154,19 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
         max_batch_size: int | None = None,
         max_sequence_length: int | None = None,
     ) -> None:
-        model, runtime = resolve(model_cfg, runtime_cfg)
-        max_batch_size = runtime.max_requests if max_batch_size is None else max_batch_size
-        max_sequence_length = runtime.max_tokens if max_sequence_length is None else max_sequence_length
-        for name, value, limit_name in (
-            ("max_batch_size", max_batch_size, "max_requests"),
-            ("max_sequence_length", max_sequence_length, "max_tokens"),
+        self._open(model_cfg, runtime_cfg)
+        requests, tokens = self.runtime_cfg.max_requests, self.cache.capacity_tokens
+        max_batch_size = requests if max_batch_size is None else max_batch_size
+        max_sequence_length = tokens if max_sequence_length is None else max_sequence_length
+        for name, value, limit, limit_name in (
+            ("max_batch_size", max_batch_size, requests, "runtime.max_requests"),
+            ("max_sequence_length", max_sequence_length, tokens, "the cache's capacity_tokens"),
         ):
-            limit = getattr(runtime, limit_name)
             if not 1 <= value <= limit:
-                raise ValueError(f"{name}: expected 1 .. runtime.{limit_name} ({limit}), got {value}")
+                raise ValueError(f"{name}: expected 1 .. {limit_name} ({limit}), got {value}")
         StaticInferenceContext.__init__(self, max_batch_size, max_sequence_length)
         self.key_value_memory_dict = _NoStockMemory()
         self._checked_mask: Tensor | None = None
-        self._open(model, runtime)
 
     def segments(self, sequence: int, batch: int) -> Sequence[Segment]:
         first = self.batch_size_offset
@@ -241,14 +245,14 @@ class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
         check_config(transformer_config)
         check_inference_config(inference_config)
         model = ModelConfig.from_megatron(transformer_config) if model_cfg is None else model_cfg
-        model, runtime = resolve(model, runtime_cfg)
-        books = _books(transformer_config, inference_config, model, runtime)
         self._segments: Sequence[Segment] = ()
-        self._open(model, runtime)
+        self._open(model, runtime_cfg)
+        books = _books(transformer_config, inference_config, self.cache)
         DynamicInferenceContext.__init__(self, transformer_config, books)
-        if self.kv_block_allocator.total_count != runtime.max_tokens // self.block_size_tokens + 1:
+        capacity = self.cache.capacity_tokens
+        if self.kv_block_allocator.total_count != capacity // self.block_size_tokens + 1:
             raise RuntimeError(
-                f"Megatron made {self.kv_block_allocator.total_count} blocks of PiKV's {runtime.max_tokens} tokens; "
+                f"Megatron made {self.kv_block_allocator.total_count} blocks of PiKV's {capacity} tokens; "
                 "this version of Megatron-core sizes its blocks in a way that PiKV does not know"
             )
 
@@ -301,9 +305,10 @@ class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
 
 
 def _books(
-    transformer_config: TransformerConfig, inference_config: InferenceConfig, model: ModelConfig, runtime: RuntimeConfig
+    transformer_config: TransformerConfig, inference_config: InferenceConfig, cache: PiKVCache
 ) -> InferenceConfig:
     """A copy of `inference_config` under which Megatron counts exactly PiKV's capacity in its blocks."""
+    model, runtime, capacity = cache.model, cache.runtime, cache.capacity_tokens
     books = copy.copy(inference_config)
     tensor_parallel = transformer_config.tensor_model_parallel_size
     if books.max_requests is None:
@@ -315,10 +320,10 @@ def _books(
             f"inference_config.max_requests: {live} requests can be live at once (a prompt between two chunks counts), "
             f"expected at most runtime.max_requests ({runtime.max_requests})"
         )
-    blocks = runtime.max_tokens // books.block_size_tokens
+    blocks = capacity // books.block_size_tokens
     if blocks < 1:
         raise ValueError(
-            f"inference_config.block_size_tokens: expected at most runtime.max_tokens ({runtime.max_tokens}), "
+            f"inference_config.block_size_tokens: expected at most the cache's capacity_tokens ({capacity}), "
             f"got {books.block_size_tokens}"
         )
     token_bytes = 2 * model.num_query_groups * model.head_dim * transformer_config.params_dtype.itemsize

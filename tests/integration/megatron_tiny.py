@@ -96,6 +96,23 @@ def recompute(model, tokens):
 
 
 @torch.no_grad()
+def feed_static(model, context, tokens):
+    """Appends tokens [batch, tokens] to a static context; logits [batch, vocabulary] after the last one."""
+    start, count = context.sequence_len_offset, tokens.shape[1]
+    context.enable_decode_mode() if start else context.enable_prefill_mode()
+    positions = torch.arange(start, start + count).expand_as(tokens)
+    logits = model(tokens, positions, None, inference_context=context)[:, -1]
+    context.increment_sequence_len_offset(count)
+    return logits
+
+
+def forced_static(model, context, prompts, tokens):
+    """Logits [1 + tokens, batch, vocabulary] after prompts [batch, n], then after each of tokens [batch, tokens]."""
+    steps = [prompts, *tokens.split(1, dim=1)]
+    return torch.stack([feed_static(model, context, step) for step in steps])
+
+
+@torch.no_grad()
 def greedy_static(model, context, prompts, steps, chunk=None):
     """Prompts [batch, tokens] of one length -> (tokens [batch, steps], logits [steps, batch, vocabulary])."""
     chosen, logits = [], []

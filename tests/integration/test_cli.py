@@ -64,7 +64,7 @@ def test_sampling_follows_its_seed(capsys):
         (["--prompt", "x", "--model", "/does/not/exist"], "/does/not/exist"),
         (["--prompt", "x", "--temperature", "-1"], "--temperature: expected at least 0"),
         (["--prompt", "x", "--temperature", "nan"], "--temperature: expected at least 0"),
-        (["--prompt", "x " * 150, "--set", "tiers=[{kind: device, bytes: 100000}]"], "are free; release requests"),
+        (["--prompt", "x " * 150, "--set", "tiers=[{kind: device, bytes: 100000}]"], "capacity_tokens (32), got 364"),
     ],
 )
 def test_generate_refuses(argv, message, capsys):

@@ -125,6 +125,20 @@ def test_engine_prefills_in_chunks(models):
     assert context.cache.requests() == []
 
 
+def test_the_engine_admits_what_the_tiers_hold(models):
+    """tiers[0].bytes below max_tokens: Megatron's books count what fits, and requests wait for it."""
+    config, stock, hooked = models
+    block = context_of(config).cache.tiers[0].block_bytes
+    tiers = [{"kind": "device", "bytes": config.num_layers * 24 * block}]  # of max_tokens' hundreds
+    context = context_of(config, {"tiers": tiers}, max_requests=8)
+    assert context.cache.capacity_tokens == 24 * context.cache.runtime.block_size < context.cache.runtime.max_tokens
+    prompts = prompts_of(40, 33, 37, 21, 38, 40, 29, 30)
+    expected = serve(stock, DynamicInferenceContext(config, inference_config()), prompts, 30, static=False)
+    ours = serve(hooked, context, prompts, 30, static=False, observe=lambda: len(context.cache.requests()))
+    assert ours.tokens == expected.tokens
+    assert 2 <= ours.most_live < len(prompts)
+
+
 def test_the_stock_buffer_is_never_allocated(models):
     config = models[0]
     sizes = inference_config(buffer_size_gb=0.05)

@@ -10,6 +10,8 @@ from megatron_tiny import (
     VOCABULARY,
     build,
     causal_mask,
+    feed_static,
+    forced_static,
     greedy_static,
     prompts_of,
     recompute,
@@ -18,6 +20,7 @@ from megatron_tiny import (
     twin,
 )
 
+from pikv_megatron.blocks import PoolFullError
 from pikv_megatron.integrations.megatron import PiKVInferenceContext, layer_spec, model_config
 
 TOLERANCE = 1e-4
@@ -106,17 +109,47 @@ def test_learned_positions():
     assert_same(greedy_static(hooked, context_of(config), prompts, 12), expected)
 
 
-def test_bfloat16():
-    config = tiny_config(bf16=True, params_dtype=torch.bfloat16, init_method_std=0.05)
+@pytest.mark.parametrize(
+    ("dtype", "flag", "tolerance"), [(torch.bfloat16, "bf16", 0.03), (torch.float16, "fp16", 0.004)], ids=str
+)
+def test_half_precision_stays_as_close_as_stock(dtype, flag, tolerance):
+    """64 steps on the same tokens. Every expert is chosen, so that no rounding sends a token to another one."""
+    changes = {flag: True, "params_dtype": dtype, "init_method_std": 0.05, "moe_router_topk": 8}
+    config = tiny_config(**changes)
     stock = build(config)
     hooked = twin(stock, config, layer_spec(config))
-    prompts = torch.stack(prompts_of(40, 40))
-    first = greedy_static(stock, StaticInferenceContext(2, 128), prompts, 1)[1]
-    context = context_of(config)
-    ours = greedy_static(hooked, context, prompts, 24)[1]
-    assert ours.dtype == torch.bfloat16
-    assert (ours[0] - first[0]).abs().max() <= 0.03 * first.abs().max()
-    assert context.cache.retrieve(0, 0).k.dtype == torch.bfloat16
+    precise = build(tiny_config(init_method_std=0.05, moe_router_topk=8))
+    precise.load_state_dict({name: t if t is None else t.float() for name, t in stock.state_dict().items()})
+    prompts, fed = torch.stack(prompts_of(40, 40)), torch.stack(prompts_of(64, 64, seed=3))
+    contexts = (StaticInferenceContext(2, 128), StaticInferenceContext(2, 128), context_of(config))
+    truth, theirs, ours = (
+        forced_static(model, context, prompts, fed).float()
+        for model, context in zip((precise, stock, hooked), contexts, strict=True)
+    )
+    largest = truth.abs().max()
+    assert (ours - theirs).abs().max() <= tolerance * largest
+    assert (ours - truth).abs().mean() <= 1.1 * (theirs - truth).abs().mean()
+    assert contexts[2].cache.retrieve(0, 0).k.dtype == dtype
+
+
+def test_a_step_that_does_not_fit_is_refused_whole(models):
+    """Not after some of its layers or rows have taken their tokens: the same step fits once there is room."""
+    config, stock, hooked = models
+    block = context_of(config).cache.tiers[0].block_bytes
+    tiers = [{"kind": "device", "bytes": 13 * config.num_layers * block}]
+    context = PiKVInferenceContext(model_config(config), {**RUNTIME, "tiers": tiers}, 4)
+    prompts = torch.stack(prompts_of(60, 60))  # 5 blocks a row and layer, 13 there are
+    greedy_static(hooked, context, prompts, 1)
+    other = prompts_of(60)[0]
+    context.cache.append(0, *(torch.zeros(50, 2, 16) for _ in "kv"), request_id=9)
+    before = [context.cache.length(row, layer) for row in range(2) for layer in range(config.num_layers)]
+    with pytest.raises(PoolFullError, match="20 tokens of 2 requests in every layer: needs 6 blocks"):
+        feed_static(hooked, context, torch.stack([other[:10], other[10:20]]))
+    assert [context.cache.length(row, layer) for row in range(2) for layer in range(config.num_layers)] == before
+    context.cache.release(9)
+    expected = forced_static(stock, StaticInferenceContext(2, 128), prompts, other[:20].view(2, 10))
+    got = torch.stack([feed_static(hooked, context, other[:20].view(2, 10)[:, i : i + 1]) for i in range(10)])
+    assert (got - expected[1:]).abs().max() <= TOLERANCE
 
 
 def test_prefill_in_chunks(models):
