@@ -42,9 +42,14 @@ def check_tensor(name: str, x: Tensor, tail: tuple[int, ...], dtype: torch.dtype
         raise ValueError(f"{name}: expected shape [{expected}] with at least one token, got {list(x.shape)}")
     if x.dtype != dtype:
         raise TypeError(f"{name}: expected {dtype}, got {x.dtype}")
-    if x.device.type != device.type:
-        raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
+    check_device(name, x, device)
     return x.shape[0]
+
+
+def check_device(name: str, x: Tensor, device: torch.device) -> None:
+    """Checks that x is on `device`; one without an index stands for any of its type."""
+    if x.device.type != device.type or (device.index is not None and x.device.index not in (None, device.index)):
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
 
 
 def check_kv(k: Tensor, v: Tensor, model: ModelConfig, runtime: RuntimeConfig, largest: float) -> int:
@@ -122,8 +127,7 @@ def check_routing(expert_ids: Tensor, weights: Tensor, model: ModelConfig, devic
     for name, x in (("expert_ids", expert_ids), ("weights", weights)):
         if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != model.topk or x.shape[0] < 1:
             raise ValueError(f"{name}: expected a tensor [tokens, {model.topk}], got {_shape(x)}")
-        if x.device.type != device.type:
-            raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
+        check_device(name, x, device)
     if expert_ids.shape != weights.shape:
         raise ValueError(f"weights: expected shape {list(expert_ids.shape)} like expert_ids, got {list(weights.shape)}")
     if expert_ids.dtype.is_floating_point or expert_ids.dtype == torch.bool:

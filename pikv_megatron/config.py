@@ -87,6 +87,10 @@ class ModelConfig:
             if not 0 <= layer_id < self.num_layers:
                 raise ConfigError(f"model.moe_layers: expected ids in 0 .. {self.num_layers - 1}, got {layer_id}")
         if self.moe_layers is not None:
+            if not self.num_experts:
+                raise ConfigError(
+                    f"model.moe_layers: expected null for a model without experts, got {list(self.moe_layers)}"
+                )
             if list(self.moe_layers) != sorted(set(self.moe_layers)):
                 raise ConfigError(f"model.moe_layers: expected ascending ids, each once, got {list(self.moe_layers)}")
             if len(self.moe_layers) == self.num_layers:
@@ -138,11 +142,16 @@ class ModelConfig:
             moe_layers = tuple(i for i in range(config.num_layers) if i % frequency == 0)
         else:
             moe_layers = tuple(i for i, is_moe in enumerate(frequency) if is_moe)
-        groups = config.num_query_groups or config.num_attention_heads
+        heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
+        if heads % tensor_parallel or max(groups, tensor_parallel) % min(groups, tensor_parallel):
+            raise ConfigError(
+                f"model.num_query_groups: {heads} heads in {groups} groups cannot be divided over "
+                f"tensor_model_parallel_size {tensor_parallel}"
+            )
         return cls(
             num_layers=config.num_layers,
             hidden_size=config.hidden_size,
-            num_attention_heads=config.num_attention_heads // tensor_parallel,
+            num_attention_heads=heads // tensor_parallel,
             num_query_groups=max(1, groups // tensor_parallel),
             head_dim=config.kv_channels,
             num_experts=experts,
@@ -154,13 +163,19 @@ class ModelConfig:
 
     @classmethod
     def from_huggingface(cls, config: Any) -> ModelConfig:
-        """From a `transformers` config object or its dict form (`config.json`), for GQA and MHA decoders."""
+        """From a `transformers` config object or its dict form (`config.json`), for GQA and MHA decoders.
+
+        Raises:
+            ConfigError: MLA or sliding windows, which these shapes cannot say; a key that is missing.
+        """
         read = config.get if isinstance(config, Mapping) else functools.partial(_attribute, config)
         get: Callable[[str], Any] = read
         if get("kv_lora_rank"):
             raise ConfigError(
                 "model: kv_lora_rank is set (MLA); give the expanded shapes (head_dim, v_head_dim) by hand"
             )
+        if get("sliding_window") and get("use_sliding_window") is not False:
+            raise ConfigError(f"model: sliding_window is {get('sliding_window')}; expected layers that see every token")
         for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
             if get(key) is None:
                 raise ConfigError(f"model: expected {key} in the Hugging Face config, it has none")
@@ -180,7 +195,15 @@ class ModelConfig:
             topk=get("num_experts_per_tok") or 1,
             dtype=_dtype_name(get("dtype") or get("torch_dtype") or "float32"),
             moe_layers=moe_layers if experts and len(moe_layers) < layers else None,
+            softmax_scale=_huggingface_scale(get),
         )
+
+
+def _huggingface_scale(get: Callable[[str], Any]) -> float | None:
+    """The factor on q.k where a config names one: Granite's attention_multiplier, Gemma's query_pre_attn_scalar."""
+    if get("attention_multiplier"):
+        return float(get("attention_multiplier"))
+    return float(get("query_pre_attn_scalar")) ** -0.5 if get("query_pre_attn_scalar") else None
 
 
 def _attribute(config: Any, key: str) -> Any:

@@ -376,6 +376,8 @@ def test_megatron_configs():
     dense = ModelConfig.from_megatron(_megatron(num_moe_experts=None))
     assert (dense.num_experts, dense.moe_layers) == (0, None)
     assert ModelConfig.from_megatron(_megatron(softmax_scale=0.5)).scale == 0.5
+    with pytest.raises(ConfigError, match="8 heads in 4 groups .* tensor_model_parallel_size 3"):
+        ModelConfig.from_megatron(_megatron(tensor_model_parallel_size=3))
     with pytest.raises(ConfigError, match="multi_latent_attention"):
         ModelConfig.from_megatron(_megatron(multi_latent_attention=True))
 
@@ -406,6 +408,19 @@ def test_a_float_that_yaml_reads_as_text_gets_a_hint(tmp_path):
     path.write_text("runtime:\n  attention: {epsilon: 1e-3}\n")
     with pytest.raises(ConfigError, match=r"runtime.attention.epsilon: expected float, got '1e-3'; .* write 1.0e-3"):
         load(path)
+
+
+def test_what_hugging_face_configs_say_of_attention():
+    assert ModelConfig.from_huggingface({**HF, "query_pre_attn_scalar": 64}).scale == 0.125
+    assert ModelConfig.from_huggingface({**HF, "attention_multiplier": 0.3}).scale == 0.3
+    assert ModelConfig.from_huggingface({**HF, "sliding_window": 128, "use_sliding_window": False}).scale == 0.25
+    with pytest.raises(ConfigError, match="sliding_window is 128"):
+        ModelConfig.from_huggingface({**HF, "sliding_window": 128})
+
+
+def test_a_dense_model_has_no_moe_layers():
+    with pytest.raises(ConfigError, match=r"model.moe_layers: expected null .* got \[1\]"):
+        ModelConfig(num_experts=0, moe_layers=(1,))
 
 
 def test_dense_layers_of_hugging_face_configs():

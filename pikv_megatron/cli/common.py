@@ -7,16 +7,14 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
+from torch import nn
 
 from pikv_megatron.config import ModelConfig, RuntimeConfig, check_same_model, load
 from pikv_megatron.config_io import ConfigError, read_yaml
-
-if TYPE_CHECKING:
-    from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: TID251 - for annotations alone
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL_MOE = ROOT / "assets" / "small_moe"
@@ -57,7 +55,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[ModelC
     return load(mapping)
 
 
-def megatron_model(path: str | Path, model: ModelConfig | None, threads: int) -> GPTModel:
+def megatron_model(path: str | Path, model: ModelConfig | None, threads: int) -> nn.Module:
     """Loads a Mixtral checkpoint into a stock Megatron-core model on this machine's device.
 
     Raises:

@@ -57,6 +57,7 @@ COLUMNS = (
     "answers right",
     "KV bytes held",
     "on host",
+    "allocated",
     "tokens/s",
     "max |logit diff|",
     "read",
@@ -88,6 +89,8 @@ class Row:
     asked: int = 0
     kv_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
     """Bytes held at the end of the last document, by tier (the stock cache and the windows count as device)."""
+    allocated: int = 0
+    """Bytes of memory taken for K and V, all tiers together."""
     steps: int = 0
     seconds: float = 0.0
     difference: float = 0.0
@@ -126,8 +129,6 @@ def ask_all(papers: Sequence[Document], args: argparse.Namespace) -> list[Row]:
     model_cfg, _ = read_config(args.config)
     model = megatron_model(args.model, model_cfg, args.threads)
 
-    from megatron.core.inference.contexts import StaticInferenceContext  # noqa: TID251
-
     from pikv_megatron.integrations import megatron
     from pikv_megatron.integrations.megatron_session import Session
 
@@ -146,7 +147,7 @@ def ask_all(papers: Sequence[Document], args: argparse.Namespace) -> list[Row]:
                 context = attached.static_context(1, longest)
             for number, paper in enumerate(papers):
                 if context is None:
-                    session = Session(model, StaticInferenceContext(1, longest))
+                    session = Session.on_stock_cache(model, 1, longest)
                 else:
                     context.reset()
                     session = Session(model, context)
@@ -154,7 +155,7 @@ def ask_all(papers: Sequence[Document], args: argparse.Namespace) -> list[Row]:
                 if overrides is None:
                     reference.append(logits)
                 row.difference = max(row.difference, float((logits - reference[number]).abs().max()))
-                row.kv_bytes = _bytes_by_tier(session)
+                row.kv_bytes, row.allocated = _bytes(session)
                 bar.update()
             if attached is not None and context is not None:
                 row.reads = context.cache.stats()["reads"]
@@ -181,15 +182,16 @@ def _ask(session: Session, paper: Document, row: Row) -> torch.Tensor:
     return torch.stack(logits)
 
 
-def _bytes_by_tier(session: Session) -> dict[str, int]:
+def _bytes(session: Session) -> tuple[dict[str, int], int]:
+    """Bytes held by tier, and allocated in all."""
     from pikv_megatron.integrations.megatron_contexts import PiKVInferenceContext
 
     if not isinstance(session.context, PiKVInferenceContext):
-        return {"device": session.bytes_held}
+        return {"device": session.bytes_held}, session.bytes_held
     stats = session.context.cache.stats()
     held = {kind: tier["bytes_held"] for kind, tier in stats["tiers"].items()}
     held["device"] += stats["window"]["bytes_held"]
-    return held
+    return held, stats["bytes_allocated"]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -202,6 +204,7 @@ def table(rows: Sequence[Row]) -> str:
             f"{row.right} of {row.asked}",
             f"{row.kv_bytes['device']:,}",
             f"{row.kv_bytes.get('host', 0):,}",
+            f"{row.allocated:,}",
             f"{row.steps / row.seconds:.0f}",
             "-" if row is rows[0] else f"{row.difference:.1e}",
             f"{row.reads['share_read_mean']:.0%}" if selective else "100%",

@@ -37,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt-file", help="file with the prompt, - for stdin")
     prompt.add_argument("--prompt", help="the prompt itself")
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--stop", metavar="TEXT", help="end behind this text, should the model write it")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on behind the checkpoint's end token")
     parser.add_argument("--chunk", type=int, default=512, help="prompt tokens per forward pass")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--seed", type=int, default=0, help="for sampling")
@@ -64,25 +66,20 @@ def run(args: argparse.Namespace) -> int:
         )
     model = megatron_model(args.model, model_cfg, args.threads)
 
-    from megatron.core.inference.contexts import StaticInferenceContext  # noqa: TID251
-
     from pikv_megatron.integrations import megatron
     from pikv_megatron.integrations.megatron_session import Session
 
-    stock = None
-    if args.compare:
-        stock = _Timed(Session(model, StaticInferenceContext(1, total)))
-        stock_model = megatron_model(args.model, model_cfg, args.threads)
-        stock.session.model = stock_model
     attached = megatron.attach(model, runtime)
     context = attached.static_context(1, total)
     ours = _Timed(Session(model, context))
+    stock = _Timed(Session.on_stock_cache(model, 1, total)) if args.compare else None
 
-    text, worst = _stream(args, tokenizer, tokens, ours, stock)
+    ends = set() if args.ignore_eos else _end_tokens(Path(args.model))
+    text, made, worst = _stream(args, tokenizer, tokens, ends, ours, stock)
     cache = context.cache
     figures: dict[str, Any] = {
         "prompt_tokens": len(tokens),
-        "new_tokens": ours.steps,
+        "new_tokens": made,
         "pikv": ours.figures(),
         **cache.stats(),
     }
@@ -121,6 +118,16 @@ def _tokenizer(folder: Path) -> Any:
     return Tokenizer.from_file(str(path))
 
 
+def _end_tokens(folder: Path) -> set[int]:
+    """Tokens that end a text: `eos_token_id` of the checkpoint's generation_config.json, else of its config.json."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            if ids is not None:
+                return set(ids) if isinstance(ids, list) else {ids}
+    return set()
+
+
 class _Timed:
     """A session and the time that its prompt and its steps took."""
 
@@ -133,14 +140,12 @@ class _Timed:
         from pikv_megatron.integrations.megatron_session import on_layer_done
 
         pieces = [tokens[i : i + chunk] for i in range(0, len(tokens), chunk)]
-        layers = len(self.session.model.decoder.layers)
         began = time.perf_counter()
         with (
-            tqdm(
-                total=len(pieces) * layers, desc=title, unit="layer", disable=True if quiet else None, leave=False
-            ) as bar,
-            on_layer_done(self.session.model, bar.update),
+            tqdm(desc=title, unit="layer", disable=True if quiet else None, leave=False) as bar,
+            on_layer_done(self.session.model, bar.update) as layers,
         ):
+            bar.total = len(pieces) * layers
             for piece in pieces:
                 logits = self.session.feed(torch.tensor([piece]))
         self.prefill_seconds = time.perf_counter() - began
@@ -162,14 +167,17 @@ class _Timed:
 
 
 def _stream(
-    args: argparse.Namespace, tokenizer: Any, tokens: list[int], ours: _Timed, stock: _Timed | None
-) -> tuple[str, float]:
-    """Generates and prints; returns the text and the largest logit difference from stock (0.0 without it)."""
+    args: argparse.Namespace, tokenizer: Any, tokens: list[int], ends: set[int], ours: _Timed, stock: _Timed | None
+) -> tuple[str, int, float]:
+    """Generates and prints; returns the text, the number of tokens made, and the largest logit difference from stock
+    (0.0 without it).
+    """
     generator = torch.Generator().manual_seed(args.seed)
     logits = ours.prefill(tokens, args.chunk, args.quiet, "prompt, PiKV")
     theirs = stock.prefill(tokens, len(tokens), args.quiet, "prompt, stock") if stock else None
-    worst, made, shown = 0.0, [], ""
-    for _ in range(args.max_new_tokens):
+    worst, shown = 0.0, ""
+    made: list[int] = []
+    while True:
         if theirs is not None:
             worst = max(worst, float((logits - theirs).abs().max()))
         if args.temperature:
@@ -181,11 +189,12 @@ def _stream(
         if not text.endswith("�"):  # a character whose bytes are not all there yet
             print(text[len(shown) :], end="", flush=True)
             shown = text
+        if len(made) == args.max_new_tokens or token in ends or (args.stop and args.stop in text):
+            break
         logits = ours.step(token)
         theirs = stock.step(token) if stock else None
-    text = tokenizer.decode(made)
     print(text[len(shown) :], flush=True)
-    return text, worst
+    return text, len(made), worst
 
 
 def _report(figures: dict[str, Any]) -> None:
@@ -195,7 +204,7 @@ def _report(figures: dict[str, Any]) -> None:
                 one = figures[name]
                 yield (
                     f"{name}: prompt of {figures['prompt_tokens']} tokens in {one['prefill_seconds']:.2f} s, "
-                    f"{one['tokens_per_second']:.1f} tokens/s, {one['kv_bytes']:,} bytes of KV held"
+                    f"{_rate(one['tokens_per_second'])}, {one['kv_bytes']:,} bytes of KV held"
                 )
         if "max_logit_difference" in figures:
             yield f"largest logit difference from stock: {figures['max_logit_difference']:.2e}"
@@ -209,3 +218,7 @@ def _report(figures: dict[str, Any]) -> None:
 
     for line in lines():
         print(line, file=sys.stderr)
+
+
+def _rate(tokens_per_second: float | None) -> str:
+    return "no decode step" if tokens_per_second is None else f"{tokens_per_second:.1f} tokens/s"

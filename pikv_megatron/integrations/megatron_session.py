@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from pikv_megatron.integrations.megatron_contexts import PiKVInferenceContext
@@ -25,8 +25,13 @@ class Session:
         context: fresh or reset. Stock Megatron's takes the prompt in one piece; PiKV's in any.
     """
 
-    def __init__(self, model: GPTModel, context: StaticInferenceContext) -> None:
+    def __init__(self, model: nn.Module, context: StaticInferenceContext) -> None:
         self.model, self.context = model, context
+
+    @classmethod
+    def on_stock_cache(cls, model: nn.Module, batch: int, tokens: int) -> Session:
+        """On Megatron's own cache, for `batch` sequences of up to `tokens` tokens; a hooked model will do as well."""
+        return cls(model, StaticInferenceContext(batch, tokens))
 
     @property
     def length(self) -> int:
@@ -64,15 +69,16 @@ class Session:
 
 
 @contextmanager
-def on_layer_done(model: GPTModel, callback: Callable[[], object]) -> Iterator[None]:
-    """Calls `callback` after each transformer layer of a forward pass; for progress bars."""
+def on_layer_done(model: nn.Module, callback: Callable[[], object]) -> Iterator[int]:
+    """Calls `callback` after each transformer layer of a forward pass, for progress bars; yields how many there are."""
 
     def done(module: nn.Module, args: object, output: object) -> None:
         callback()
 
-    handles = [layer.register_forward_hook(done) for layer in model.decoder.layers]
+    layers = [module for module in model.modules() if isinstance(module, TransformerLayer)]
+    handles = [layer.register_forward_hook(done) for layer in layers]
     try:
-        yield
+        yield len(layers)
     finally:
         for handle in handles:
             handle.remove()

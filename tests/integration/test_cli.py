@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,34 @@ def test_generate_compares_with_stock_and_writes_its_run(capsys, tmp_path):
     assert "largest logit difference from stock" in captured.err
     model, runtime = load(tmp_path / "run" / "config.yaml")
     assert (model, runtime) == common.read_config(common.SMALL_MOE_CONFIG)
+
+
+def test_generate_ends_where_it_is_told_to(capsys, tmp_path):
+    argv = ["generate", "--prompt", PROMPT, "--threads", "1", "--quiet", "--run-dir", str(tmp_path / "run")]
+
+    def made() -> int:
+        return json.loads((tmp_path / "run" / "figures.json").read_text())["new_tokens"]
+
+    assert main([*argv, "--max-new-tokens", "20", "--stop", "7"]) == 0
+    assert capsys.readouterr().out == "47\n"
+    assert made() == 2
+    model = tmp_path / "model"
+    shutil.copytree(common.SMALL_MOE, model)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, ord("4")]}))
+    argv += ["--model", str(model), "--max-new-tokens", "5"]
+    assert main(argv) == 0
+    assert (capsys.readouterr().out, made()) == ("4\n", 1)
+    assert main([*argv, "--ignore-eos"]) == 0
+    assert (capsys.readouterr().out[:2], made()) == ("47", 5)
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    command = [sys.executable, "-m", "pikv_megatron", "demo", "--documents", "1", "--length", "200", "--facts", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 1
 
 
 def test_sampling_follows_its_seed(capsys):
@@ -87,18 +118,16 @@ def test_demo_table(capsys):
 
 def test_demo_bytes_are_those_of_storages():
     """The stock row is the sum of Megatron's tensors; PiKV's is the live rows of its pools and windows."""
-    from megatron.core.inference.contexts import StaticInferenceContext
-
     from pikv_megatron.facts import documents, load_text
     from pikv_megatron.integrations import megatron
     from pikv_megatron.integrations.megatron_session import Session
 
     (paper,) = documents(load_text(common.HELD_OUT_TEXT), count=1, length=400, num_facts=2, num_questions=2, seed=1)
     model = common.megatron_model(common.SMALL_MOE, None, 1)
-    stock = Session(model, StaticInferenceContext(1, 500))
+    stock = Session.on_stock_cache(model, 1, 500)
     demo._ask(stock, paper, demo.Row("stock"))
     tensors = [t for pair in stock.context.key_value_memory_dict.values() for t in pair]
-    assert demo._bytes_by_tier(stock) == {"device": sum(t.numel() * t.element_size() for t in tensors)}
+    assert demo._bytes(stock)[0] == {"device": sum(t.numel() * t.element_size() for t in tensors)}
 
     overrides = [f"max_tokens={500}", *(demo.CACHES["PiKV INT8, pyramid, top_k 25 %"] or []), "budget.total_tokens=800"]
     attached = megatron.attach(model, common.read_config(common.SMALL_MOE_CONFIG, overrides)[1])
@@ -112,7 +141,11 @@ def test_demo_bytes_are_those_of_storages():
         expected[pool.kind] = sum(t[i].numel() * t.element_size() for t in pool.tensors.values() for i in ids)
     for window in cache._windows:
         expected["device"] += sum(t[0].numel() * t.element_size() for t in window.tensors.values())
-    assert demo._bytes_by_tier(ours) == expected
+    held, allocated = demo._bytes(ours)
+    assert held == expected
+    storages = [t for pool in cache.tiers for t in pool.tensors.values()]
+    storages += [t for window in cache._windows for t in window.tensors.values()]
+    assert allocated == sum(t.untyped_storage().nbytes() for t in storages) >= sum(held.values())
 
 
 def test_bundled_files_are_missed_by_name():
