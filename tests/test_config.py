@@ -376,7 +376,7 @@ def test_megatron_configs():
     dense = ModelConfig.from_megatron(_megatron(num_moe_experts=None))
     assert (dense.num_experts, dense.moe_layers) == (0, None)
     assert ModelConfig.from_megatron(_megatron(softmax_scale=0.5)).scale == 0.5
-    with pytest.raises(ConfigError, match="8 heads in 4 groups .* tensor_model_parallel_size 3"):
+    with pytest.raises(ConfigError, match=r"8 heads in 4 groups .* tensor_model_parallel_size 3"):
         ModelConfig.from_megatron(_megatron(tensor_model_parallel_size=3))
     with pytest.raises(ConfigError, match="multi_latent_attention"):
         ModelConfig.from_megatron(_megatron(multi_latent_attention=True))

@@ -1,9 +1,8 @@
-"""Mixtral-shaped checkpoints of Hugging Face for Megatron-core: the model that one describes, loaded, and
-saved again.
+"""Mixtral-shaped checkpoints of Hugging Face for Megatron-core: the model that one describes, loaded, and saved again.
 
-Reads and writes a directory with `config.json` and `model.safetensors` (one file, no shards); which weight
-goes where is in `mixtral_names`. With expert parallelism each rank reads its own experts only. Without CUDA,
-call `cpu_compat.install()` before importing this module.
+Reads a directory with `config.json` and `model.safetensors`, or the shards that `model.safetensors.index.json` lists,
+and writes one with a single file; which weight goes where is in `mixtral_names`. With expert parallelism each rank
+reads its own experts only. Without CUDA, call `cpu_compat.install()` before importing this module.
 """
 
 from __future__ import annotations
@@ -48,6 +47,7 @@ __all__ = [
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 
 LayerSpec: TypeAlias = ModuleSpec | Callable[[TransformerConfig], ModuleSpec]
 
@@ -148,35 +148,57 @@ def load_mixtral(
     initialised.
 
     Args:
-        path: directory with `config.json` and `model.safetensors`.
+        path: directory with `config.json` and `model.safetensors` or its shards and their index.
         dtype: dtype of the weights in memory, whatever they are stored in.
         layer_spec, overrides: see `build_model`.
 
     Raises:
-        FileNotFoundError: one of the two files is missing.
+        FileNotFoundError: one of the files is missing.
         WeightsError: a file cannot be read, or the configuration or a weight does not fit.
     """
     path = Path(path)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (path / name).is_file():
-            raise FileNotFoundError(
-                f"{path}: expected a directory with {CONFIG_FILE} and {WEIGHTS_FILE}, found no {name}"
-            )
-    try:
-        hf_config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise WeightsError(f"{path / CONFIG_FILE}: not JSON: {error}") from error
+    hf_config, files = _read_json(path / CONFIG_FILE), _weight_files(path)
     half_types = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
     overrides = {"params_dtype": dtype, **half_types, **overrides}
     model = build_model(hf_config, layer_spec=layer_spec, **overrides).to(dtype)
     unneeded = other_experts_names(model.config, _my_experts(model.config))
-    try:
-        with safe_open(path / WEIGHTS_FILE, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in set(file.keys()) - unneeded}
-    except SafetensorError as error:
-        raise WeightsError(f"{path / WEIGHTS_FILE}: not a whole safetensors file: {error}") from error
+    state: dict[str, torch.Tensor] = {}
+    for weights in files:
+        try:
+            with safe_open(weights, framework="pt") as file:
+                state |= {name: file.get_tensor(name) for name in set(file.keys()) - unneeded}
+        except SafetensorError as error:
+            raise WeightsError(f"{weights}: not a whole safetensors file: {error}") from error
     load_weights(model, state)
     return model.eval()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent}: expected a checkpoint's directory, found no {path.name}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise WeightsError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The one file with the weights of a checkpoint, or the shards that its index names."""
+    if (path / WEIGHTS_FILE).is_file():
+        return [path / WEIGHTS_FILE]
+    if not (path / INDEX_FILE).is_file():
+        raise FileNotFoundError(f"{path}: expected {WEIGHTS_FILE} or {INDEX_FILE}, found neither")
+    index = _read_json(path / INDEX_FILE).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise WeightsError(f"{path / INDEX_FILE}: expected an object weight_map from names to files, got {index!r}")
+    files = [path / name for name in sorted(set(index.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{path}: {INDEX_FILE} lists {', '.join(missing)}, which are not there")
+    return files
 
 
 def load_weights(model: GPTModel, state: State) -> None:

@@ -202,7 +202,7 @@ def test_the_vocabulary_is_read_from_the_embedding(model, stored):
 
 def test_a_bad_file_is_named(stored, tmp_path):
     shutil.copy(SMALL_MOE / "config.json", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"found no model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"expected model\.safetensors or .*index\.json, found neither"):
         load_mixtral(tmp_path)
     stored.pop(Q_PROJ)
     save_file(stored, tmp_path / "model.safetensors")
@@ -214,6 +214,23 @@ def test_a_bad_file_is_named(stored, tmp_path):
         load_mixtral(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(WeightsError, match=r"config\.json: not JSON"):
+        load_mixtral(tmp_path)
+
+
+def test_a_checkpoint_in_shards(model, stored, prompts, tmp_path):
+    shutil.copy(SMALL_MOE / "config.json", tmp_path)
+    names = sorted(stored)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, mine in parts.items():
+        save_file({name: stored[name] for name in mine}, tmp_path / file)
+    index = {"weight_map": {name: file for file, mine in parts.items() for name in mine}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    torch.testing.assert_close(logits(load_mixtral(tmp_path), prompts), logits(model, prompts), rtol=0, atol=0)
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"index\.json lists b\.safetensors, which are not there"):
+        load_mixtral(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(WeightsError, match=r"index\.json: expected a JSON object, got list"):
         load_mixtral(tmp_path)
 
 
