@@ -251,11 +251,12 @@ def test_the_prompts_last_queries_say_what_stays(chunk):
     assert {18, 19, 20, 21} <= set(cache.retrieve(0).positions.tolist())
 
 
-def test_importance_is_the_attention_received():
+@pytest.mark.parametrize("tokens_held", [200, 24], ids=["all on the device", "most on the host"])
+def test_importance_is_the_attention_received(tokens_held):
     """I_t summed over the queries of prefill's observation window and of decode, from float64."""
     model = model_config(num_layers=1, num_experts=0)
-    budget = {"policy": "uniform", "first_layer_tokens": 200, "over_budget": "drop", "observation_window": 5}
-    cache, rng = PiKVCache(model, runtime_config(budget=budget)), generator(11)
+    budget = {"policy": "uniform", "first_layer_tokens": tokens_held, "observation_window": 5}
+    cache, rng = PiKVCache(model, runtime_config(budget=budget, tiers=TIERS)), generator(11)
     expected = torch.zeros(80, dtype=torch.float64)
     ks = torch.zeros(0, 2, 8)
     for tokens in (40, 1, 1, 20, *[1] * 18):
@@ -271,9 +272,13 @@ def test_importance_is_the_attention_received():
         hidden = torch.arange(len(ks)) > newest.unsqueeze(1)
         expected[: len(ks)] += logits.masked_fill(hidden.unsqueeze(1), -torch.inf).softmax(-1).sum((0, 1))
     state = cache._requests[0].layers[0]
-    table, window = state.tables[0], state.window.read()
-    sealed = table.pool.importance[table.tensor].flatten()
+    window, size = state.window.read(), cache.runtime.block_size
+    sealed = torch.zeros(state.sealed_end - 2)
+    for table in state.tables:
+        for start, mine in zip(table.pool.start[table.tensor], table.pool.importance[table.tensor], strict=True):
+            sealed[start - 2 : start - 2 + size] = mine
     assert len(sealed) > 60
+    assert (len(state.tables[1]) > 10) == (tokens_held == 24)
     got = torch.cat([window.importance[:2], sealed, window.importance[2:]])
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
 
