@@ -38,6 +38,7 @@ CLOSE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
 
 @st.composite
 def models(draw) -> ModelConfig:
+    experts = draw(st.sampled_from([0, 3]))
     groups, per_group = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (1, 4), (3, 2)]))
     return ModelConfig(
         num_layers=LAYERS,
@@ -45,10 +46,10 @@ def models(draw) -> ModelConfig:
         num_query_groups=groups,
         head_dim=draw(st.sampled_from([4, 8, 12])),
         v_head_dim=draw(st.sampled_from([None, 4, 16])),
-        num_experts=draw(st.sampled_from([0, 3])),
+        num_experts=experts,
         topk=draw(st.sampled_from([1, 2])),
         dtype=draw(st.sampled_from(["float32", "float32", "bfloat16", "float16"])),
-        moe_layers=draw(st.sampled_from([None, (0,), (1, 2)])),
+        moe_layers=draw(st.sampled_from([None, (0,), (1, 2)])) if experts else None,
     )
 
 

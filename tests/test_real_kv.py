@@ -32,16 +32,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 ESTIMATED = ("top_k 12.5 %", "top_k 25 %", "mass 5 %", "mass 1 %")
 CODECS = ("none", "int8", "int4")
-EXPECTED_OVER_TRUE = {
-    # codec, mode: least and largest ratio of the means. A high plane of four bits (int8) is within 10 %. One of two
-    # bits (int4, and the index beside raw keys) expects somewhat too much where reading stops by the estimate itself.
-    ("int8", "top_k"): (0.9, 1.1),
-    ("int8", "mass"): (0.9, 1.1),
-    ("int4", "top_k"): (0.9, 1.1),
-    ("int4", "mass"): (0.9, 1.3),
-    ("none", "top_k"): (0.9, 1.3),
-    ("none", "mass"): (0.9, 2.1),
-}
+WITHIN = {"int8": 0.05, "int4": 0.2, "none": 0.2}
+"""How far the mean estimate may be from the mean truth: a high plane of four bits knows more than one of two."""
 
 
 class Captured(NamedTuple):
@@ -129,16 +121,9 @@ def _mean(measured, codec, name, figure="missed") -> float:
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("name", ESTIMATED)
 def test_the_estimate_is_close_to_the_truth_on_average(measured, codec, name):
-    least, largest = EXPECTED_OVER_TRUE[codec, MODES[name]["mode"]]
     true, expected = _mean(measured, codec, name), _mean(measured, codec, name, "estimate")
     assert true > 1e-3
-    assert least <= expected / true <= largest
-
-
-@pytest.mark.parametrize("codec", ["int8", "int4"])
-def test_the_estimates_are_within_a_fifth_together(measured, codec):
-    true = sum(_mean(measured, codec, n) for n in ESTIMATED)
-    assert sum(_mean(measured, codec, n, "estimate") for n in ESTIMATED) == pytest.approx(true, rel=0.2)
+    assert expected == pytest.approx(true, rel=WITHIN[codec])
 
 
 @pytest.mark.parametrize("name", ESTIMATED)

@@ -13,7 +13,7 @@ from stored import Stored, dense_rows, random_store, rows_of, store
 
 from pikv_megatron import PiKVCache, ops
 from pikv_megatron.config_sections import AttentionConfig
-from pikv_megatron.selection import Reading, Source, count_of, read_selected
+from pikv_megatron.selection import PLANE_ERROR, Reading, Source, count_of, read_selected
 
 CODECS = ("none", "int8", "int4", "int2")
 GROUPS, HEADS, DIM, SIZE, BLOCKS = 2, 3, 16, 8, 12
@@ -55,10 +55,14 @@ def _logits(q, k) -> torch.Tensor:
 
 
 def _scores(q, held) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """coarse, radius, spread: [G, R, tokens] float64."""
-    coarse, radius, spread = ops.score_tokens(q, held.keys, torch.arange(len(held.k)), SCALE)
-    per_token = (x.unsqueeze(-1).expand_as(coarse).flatten(2).double() for x in (radius, spread))
-    return coarse.flatten(2).double(), *per_token
+    """[G, R, tokens] float64: coarse; the largest logits; the expected ones, nearer to the block's mean than coarse."""
+    scores = ops.score_tokens(q, held.keys, torch.arange(len(held.k)), SCALE)
+    coarse, radius, spread = (x.double() for x in scores)
+    slope, variance = PLANE_ERROR[held.keys.raw is not None, held.keys.hi_bits, held.keys.lo_bits]
+    mean = coarse.mean(-1, keepdim=True)
+    expected = mean + slope * (coarse - mean) + variance * spread.unsqueeze(-1)
+    largest = coarse + radius.unsqueeze(-1)
+    return coarse.flatten(2), largest.flatten(2), torch.minimum(expected, largest).flatten(2)
 
 
 def _ranked(coarse, raw_lse) -> torch.Tensor:
@@ -88,6 +92,27 @@ def _odds(missed, read_lse):
     return torch.sigmoid(missed - read_lse)
 
 
+@pytest.mark.parametrize(("raw", "hi", "lo"), PLANE_ERROR)
+def test_what_a_plane_tells_of_normal_and_of_uniform_channels(raw, hi, lo):
+    """The figures that estimates count with, measured: slope and residual variance of the keys upon their plane."""
+    slope, variance = PLANE_ERROR[raw, hi, lo]
+    rng = generator(5)
+    for draw, close in ((torch.randn, 0.01), (torch.rand, 0.06)):
+        x = draw(400, 2, 32, 64, generator=rng)
+        high, low, scale, zero = ops.quantize_block(x, hi, lo, True)
+        plane = ops.dequantize_block(high, None, scale, zero, hi, lo, True)
+        keys = x if raw else ops.dequantize_block(high, low, scale, zero, hi, lo, True)
+        steps = 1 if raw else 2**lo
+        uniform = steps**2 / 12 if raw else (steps**2 - 1) / 12
+        middle = (zero.float() + scale.float() * (2 ** (hi + lo) - 1) / 2).unsqueeze(2)
+        off, plane_off = ((y - middle) / scale.float().unsqueeze(2) for y in (keys, plane))
+        measured = (off * plane_off).mean() / plane_off.square().mean()
+        assert measured.item() == pytest.approx(slope, abs=close)
+        if uniform:
+            left = (off - measured * plane_off).square().mean() / uniform
+            assert left.item() == pytest.approx(variance, abs=close)
+
+
 def test_counts():
     assert [count_of(f, 100) for f in (0.001, 0.01, 0.011, 0.125, 1.0)] == [1, 1, 2, 13, 100]
     assert [count_of(0.1, n) for n in (1, 10, 30, 70)] == [1, 1, 3, 7]  # not 8 for 0.1 * 70 = 7.000000000000001
@@ -98,7 +123,7 @@ def test_top_k_reads_the_tokens_that_rank_highest(codec, fraction):
     held, q, raw_lse = _data(codec)
     config = AttentionConfig("top_k", read_fraction=fraction)
     reading, partial = _read(q, held, raw_lse, config)
-    coarse, radius, spread = _scores(q, held)
+    coarse, largest, expected = _scores(q, held)
     count = math.ceil(fraction * BLOCKS * SIZE)
     assert reading.tokens_read.tolist() == [count] * GROUPS
     read = _mask(_ranked(coarse, raw_lse), [count] * GROUPS)
@@ -106,8 +131,8 @@ def test_top_k_reads_the_tokens_that_rank_highest(codec, fraction):
 
     unread = ~read.unsqueeze(1).expand_as(coarse)
     read_lse = torch.logaddexp(partial.lse, raw_lse).double()
-    for said, extra in ((reading.estimate, spread), (reading.certificate, radius)):
-        rest = torch.logsumexp((coarse + extra).masked_fill(~unread, -torch.inf), -1)
+    for said, logits in ((reading.estimate, expected), (reading.certificate, largest)):
+        rest = torch.logsumexp(logits.masked_fill(~unread, -torch.inf), -1)
         torch.testing.assert_close(said.double(), _odds(rest, read_lse), rtol=1e-4, atol=1e-6)
 
 
@@ -163,7 +188,7 @@ def test_pruning_keeps_the_blocks_of_the_better_score(codec, fraction):
     best = (0.5 * (bound + centre)).softmax(-1).sum(1).topk(kept, -1).indices
     pruned = torch.ones(GROUPS, BLOCKS, dtype=torch.bool).scatter_(1, best, False)
 
-    coarse, radius, spread = _scores(q, held)
+    coarse, largest, expected = _scores(q, held)
     in_kept = ~pruned.repeat_interleave(SIZE, 1)
     order = _ranked(coarse.masked_fill(~in_kept.unsqueeze(1), -torch.inf), raw_lse)
     count = min(math.ceil(0.06 * BLOCKS * SIZE), kept * SIZE)
@@ -173,8 +198,8 @@ def test_pruning_keeps_the_blocks_of_the_better_score(codec, fraction):
     ranked = (in_kept & ~read).unsqueeze(1)
     read_lse = torch.logaddexp(partial.lse, raw_lse).double()
     for said, tokens, blocks in (
-        (reading.estimate, coarse + spread, torch.minimum(centre + variance / 2, bound)),
-        (reading.certificate, coarse + radius, bound),
+        (reading.estimate, expected, torch.minimum(centre + variance / 2, bound)),
+        (reading.certificate, largest, bound),
     ):
         blocks = (blocks + math.log(SIZE)).masked_fill(~pruned.unsqueeze(1), -torch.inf)
         rest = torch.cat([tokens.masked_fill(~ranked, -torch.inf), blocks], -1).logsumexp(-1)
@@ -187,8 +212,8 @@ def test_mass_stops_where_epsilon_is_met(codec, epsilon, by):
     """Token after token in float64: reading stops when no head of the group misses more than epsilon, not later."""
     held, q, raw_lse = _data(codec, seed=3, strength=1.5)
     reading, partial = _read(q, held, raw_lse, AttentionConfig("mass", epsilon=epsilon, epsilon_by=by))
-    coarse, radius, spread = _scores(q, held)
-    upper = coarse + (radius if by == "certificate" else spread)
+    coarse, largest, expected = _scores(q, held)
+    upper = largest if by == "certificate" else expected
     true = _logits(q, rows_of(held, torch.arange(BLOCKS))[0])
     order, counts = _ranked(coarse, raw_lse), []
     for group in range(GROUPS):
