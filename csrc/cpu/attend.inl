@@ -12,92 +12,101 @@ struct Tokens {
   Ahead* ahead;              // or null
 };
 
+// The block's scale folds into q, its zero into a constant: tile.scaled_q [NR, padded(D)], offset [NR], and scaled_q's
+// largest magnitudes, most [NR].
 template <int NR>
-void logits_of(const float* q, int64_t q_stride, Tile& tile, const Tokens& tokens, float* logits, int64_t width) {
-#if PIKV_WIDTH > 1
-  if (!tokens.k) {  // the block's scale folds into q, its zero into a constant
-    float offset[NR];
+void fold_scales(const float* q, int64_t q_stride, Tile& tile, float* offset, float* most) {
+  Vec zeros[NR], largest_of[NR];
+  for (int r = 0; r < NR; ++r) zeros[r] = largest_of[r] = Vec{};
+  for (int64_t d = 0; d < q_stride; d += W) {
+    const Vec zero = load(tile.k_zero.data() + d), scale = load(tile.k_scale.data() + d);
     for (int r = 0; r < NR; ++r) {
-      Vec total{};
-      for (int64_t d = 0; d < q_stride; d += W) {
-        const Vec query = load(q + r * q_stride + d);
-        total += query * load(tile.k_zero.data() + d);
-        store(tile.scaled_q.data() + r * q_stride + d, query * load(tile.k_scale.data() + d));
-      }
-      offset[r] = sum(total);
+      const Vec query = load(q + r * q_stride + d), scaled = query * scale;
+      zeros[r] += query * zero;
+      largest_of[r] = larger(absolute(scaled), largest_of[r]);
+      store(tile.scaled_q.data() + r * q_stride + d, scaled);
     }
-    dots_of_codes<NR>(tile.scaled_q.data(), q_stride, tokens.keys, tokens.row, logits, width, false, tokens.ahead);
-    for (int r = 0; r < NR; ++r)
-      for (int64_t t = 0; t < tokens.count; ++t) logits[r * width + t] += offset[r];
-    return;
   }
-#endif
-  dots<NR>(q, q_stride, tokens.k, width, q_stride, logits, width, tokens.ahead);
+  for (int r = 0; r < NR; ++r) offset[r] = sum(zeros[r]), most[r] = largest(largest_of[r]);
 }
 
 template <int NR>
-void weigh_values(const float* weights, int64_t width, const Tokens& tokens, float* out) {
+void logits_of(const float* q, int64_t q_stride, Tile& tile, const Tokens& tokens, float* logits, int64_t width) {
+  if (tokens.k) return dots<NR>(q, q_stride, tokens.k, width, q_stride, logits, width, tokens.ahead);
 #if PIKV_WIDTH > 1
-  if (!tokens.v) {
-    const Values& values = tokens.values;
+  float offset[NR], most[NR];
+  fold_scales<NR>(q, q_stride, tile, offset, most);
+  code_logits<NR>(tile, tokens.keys, tokens.row, false, offset, most, logits, width, tokens.ahead);
+#endif
+}
+
+// out [NR, E] = out * fade + zero + weights [NR, width], at most `most` [NR], times the values.
+template <int NR>
+void weigh_values(Tile& tile, const Tokens& tokens, int64_t width, const float* most, const float* fade, const float* zero,
+                  float* out) {
+  const Values& values = tokens.values;
+  const float* weights = tile.weights.data();
+  (void)most;
+#if PIKV_WIDTH == 16
+  if (!tokens.v && integer_codes(values)) {
+    IntegerRows rows{tile.weight_bytes.data(), {}};
+    rows.cut<NR>(weights, width, width, most);
     const uint8_t* codes = values.codes + tokens.row * (values.dim * values.bits / 8);
-    values.bits == 8 ? accumulate_codes<NR, 8>(weights, width, codes, tokens.count, values.dim, out)
-                     : accumulate_codes<NR, 4>(weights, width, codes, tokens.count, values.dim, out);
+    values.bits == 8 ? integer_accumulate<NR, 8>(rows, codes, tokens.count, values.dim, fade, zero, out, tokens.ahead)
+                     : integer_accumulate<NR, 4>(rows, codes, tokens.count, values.dim, fade, zero, out, tokens.ahead);
     return;
   }
 #endif
-  accumulate<NR>(weights, width, tokens.v, tokens.count, tokens.values.dim, out);
+  for (int r = 0; r < NR; ++r)
+    if (fade[r] != 1.0f || zero[r] != 0.0f)
+      for (int64_t e = r * values.dim; e < (r + 1) * values.dim; ++e) out[e] = out[e] * fade[r] + zero[r];
+  if (tokens.v) return accumulate<NR>(weights, width, tokens.v, tokens.count, values.dim, out, tokens.ahead);
+#if PIKV_WIDTH > 1
+  const uint8_t* codes = values.codes + tokens.row * (values.dim * values.bits / 8);
+  values.bits == 8 ? accumulate_codes<NR, 8>(weights, width, codes, tokens.count, values.dim, out, tokens.ahead)
+                   : accumulate_codes<NR, 4>(weights, width, codes, tokens.count, values.dim, out, tokens.ahead);
+#endif
 }
 
 // Takes tokens into the partial of NR rows. The tile holds the scales of the values, where they are codes.
 template <int NR>
 void absorb(const float* q, int64_t q_stride, Tile& tile, const Tokens& tokens, const int64_t* query_positions,
             Partial partial) {
-  const int64_t width = padded(tokens.count), value_dim = tokens.values.dim;
+  const int64_t width = padded(tokens.count);
   float* weights = tile.weights.data();
+  float fade[NR], zero[NR], most[NR];
   logits_of<NR>(q, q_stride, tile, tokens, weights, width);
   for (int r = 0; r < NR; ++r) {
     float* row = weights + r * width;
+    fade[r] = 1.0f, zero[r] = most[r] = 0.0f;
     for (int64_t t = tokens.count; t < width; ++t) row[t] = kMinusInf;
     if (tokens.positions)
       for (int64_t t = 0; t < tokens.count; ++t)
         if (tokens.positions[t] > query_positions[r]) row[t] = kMinusInf;
-    Vec most = load(row);
-    for (int64_t t = W; t < width; t += W) {
-      const Vec x = load(row + t);
-      most = x > most ? x : most;
-    }
-    float lanes[W], high = partial.high[r];
-    store(lanes, most);
-    for (float lane : lanes) high = lane > high ? lane : high;
+    Vec highest = load(row);
+    for (int64_t t = W; t < width; t += W) highest = larger(load(row + t), highest);
+    const float high = std::max(partial.high[r], largest(highest));
     if (high == kMinusInf) {  // nothing seen yet, nothing to see here
       std::memset(row, 0, width * sizeof(float));
       continue;
     }
-    const float fade = partial.high[r] == high ? 1.0f : std::exp(partial.high[r] - high);
-    Vec total{};
+    if (partial.high[r] != high) fade[r] = std::exp(partial.high[r] - high);
+    Vec total{}, zeros{}, heaviest{};
     for (int64_t t = 0; t < width; t += W) {
-      const Vec weight = exp_negative(load(row + t) - splat(high));
+      Vec weight = exp_negative(load(row + t) - splat(high));
       total += weight;
+      if (!tokens.values.raw) {
+        zeros += weight * load(tile.v_zero.data() + t);
+        weight *= load(tile.v_scale.data() + t);
+        heaviest = larger(weight, heaviest);
+      }
       store(row + t, weight);
     }
     partial.high[r] = high;
-    partial.total[r] = partial.total[r] * fade + sum(total);
-    float* out = partial.out + r * value_dim;
-    float zero = 0.0f;
-    if (!tokens.values.raw) {
-      Vec zeros{};
-      for (int64_t t = 0; t < width; t += W) {
-        const Vec weight = load(row + t);
-        zeros += weight * load(tile.v_zero.data() + t);
-        store(row + t, weight * load(tile.v_scale.data() + t));
-      }
-      zero = sum(zeros);
-    }
-    if (fade != 1.0f || zero != 0.0f)
-      for (int64_t e = 0; e < value_dim; ++e) out[e] = out[e] * fade + zero;
+    partial.total[r] = partial.total[r] * fade[r] + sum(total);
+    zero[r] = sum(zeros), most[r] = largest(heaviest);
   }
-  weigh_values<NR>(weights, width, tokens, partial.out);
+  weigh_values<NR>(tile, tokens, width, most, fade, zero, partial.out);
 }
 
 void absorb_rows(const float* q, int64_t rows, Tile& tile, const Tokens& tokens, const int64_t* query_positions,
@@ -131,8 +140,31 @@ void fetch_ahead(const Keys& keys, const Values& values, int64_t id, int64_t hea
   }
   plane(values.raw, values.dim * (values.dtype == Dtype::kFloat32 ? 4 : 2));
   plane(values.codes, values.dim * values.bits / 8);
-  ahead.spread_over(tokens);
 }
+
+// While it lives, partials are in the order in which integers are summed, where they are.
+class OutOrder {
+ public:
+  OutOrder(const Values& values, float* out, int64_t rows) : out_(out), rows_(rows), dim_(values.dim) {
+#if PIKV_WIDTH == 16
+    swapped_ = integer_codes(values);
+#endif
+    swap();
+  }
+  ~OutOrder() { swap(); }
+  OutOrder(const OutOrder&) = delete;
+  OutOrder& operator=(const OutOrder&) = delete;
+
+ private:
+  void swap() {
+#if PIKV_WIDTH == 16
+    if (swapped_) swap_quads(out_, rows_ * dim_);
+#endif
+  }
+  float* out_;
+  int64_t rows_, dim_;
+  bool swapped_ = false;
+};
 
 void attend_blocks(const float* q, int64_t rows, const Keys& keys, const Values& values, const int64_t* ids,
                    int64_t count, const int64_t* key_positions, const int64_t* query_positions, Partial partial) {
@@ -143,6 +175,7 @@ void attend_blocks(const float* q, int64_t rows, const Keys& keys, const Values&
   const bool raw_keys_in_place = keys.raw && keys.dtype == Dtype::kFloat32 && padded(dim) == dim && padded(tokens) == tokens;
   const bool raw_values_in_place = values.raw && values.dtype == Dtype::kFloat32 && padded(value_dim) == value_dim;
   const bool key_codes_in_place = !keys.raw && codes_in_place(keys), value_codes_in_place = codes_in_place(values);
+  const OutOrder order(values, partial.out, groups * rows);
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t head = 0; head < groups; ++head) {
       const bool last_head = head + 1 == groups;

@@ -1,14 +1,16 @@
-// The two inner loops that read codes straight from the pool, without a tile of floats in between, where a row of codes is
-// whole vectors. For AVX2 and AVX-512; included by kernels.inl. The same results as through a tile, up to rounding.
+// The inner loops that read codes straight from the pool as floats, without a tile in between, where a row of codes is
+// whole vectors: AVX2, and for values AVX-512 where integer.inl cannot. Included by kernels.inl. The same results as through a tile, up to rounding.
 
+#if PIKV_WIDTH == 8
 // Dot products of NR rows of scaled q with the bare codes of `tokens` rows: as `dots`.
 template <int NR, int Hi, int Lo>
 void dots_of_codes(const float* q, int64_t q_stride, const uint8_t* high, const uint8_t* low, int64_t tokens, int64_t dim,
                    float* logits, int64_t logits_stride, Ahead* ahead) {
   constexpr int parts = 8 / Hi, NT = W / 4;  // tokens at a time: sums fill half the registers
   const int64_t bytes = dim / parts;
+  if (ahead) ahead->spread_over(2 * (tokens + NT - 1) / NT);
   for (int64_t t = 0; t < tokens; t += NT) {
-    if (ahead) ahead->fetch(NT);
+    if (ahead) ahead->fetch();
     const uint8_t *high_row[NT], *low_row[NT];
     for (int j = 0; j < NT; ++j) {  // behind the last token it is read again
       const int64_t token = t + j < tokens ? t + j : tokens - 1;
@@ -56,42 +58,46 @@ void dots_of_codes(const float* q, int64_t q_stride, const uint8_t* high, const 
   }
 }
 
+// Dot products of NR rows of the tile's scaled_q with the bare codes of a block's head, plus an offset per row: logits
+// [NR, width]. (The fifth argument is for integer.inl.)
 template <int NR>
-void dots_of_codes(const float* q, int64_t q_stride, const Keys& keys, int64_t row, float* logits, int64_t stride,
-                   bool high_only, Ahead* ahead) {
-  const int64_t bytes = keys.dim * keys.hi_bits / 8, n = keys.block_size, d = keys.dim;
+void code_logits(Tile& tile, const Keys& keys, int64_t row, bool high_only, const float* offset, const float*,
+                 float* logits, int64_t width, Ahead* ahead) {
+  const int64_t bytes = keys.dim * keys.hi_bits / 8;
   const uint8_t* high = keys.high + row * bytes;
   const uint8_t* low = high_only || !keys.low ? nullptr : keys.low + row * bytes;
-  if (keys.hi_bits == 4)
-    low ? dots_of_codes<NR, 4, 4>(q, q_stride, high, low, n, d, logits, stride, ahead)
-        : dots_of_codes<NR, 4, 0>(q, q_stride, high, nullptr, n, d, logits, stride, ahead);
-  else
-    low ? dots_of_codes<NR, 2, 2>(q, q_stride, high, low, n, d, logits, stride, ahead)
-        : dots_of_codes<NR, 2, 0>(q, q_stride, high, nullptr, n, d, logits, stride, ahead);
+  with_planes(keys.hi_bits, low ? keys.lo_bits : 0, [&]<int Hi, int Lo>() {
+    if constexpr (Hi < 8)
+      dots_of_codes<NR, Hi, Lo>(tile.scaled_q.data(), padded(keys.dim), high, low, keys.block_size, keys.dim, logits, width,
+                                ahead);
+  });
+  for (int r = 0; r < NR; ++r)
+    for (int64_t t = 0; t < keys.block_size; ++t) logits[r * width + t] += offset[r];
 }
+#endif
 
-// Whether a plane's rows are whole runs of sixteen bytes.
-inline bool codes_in_place(const Keys& keys) { return keys.high && keys.dim * keys.hi_bits / 8 % 16 == 0; }
+// Whether a plane's rows are whole runs of sixteen bytes, and with AVX-512 the tokens runs of sixteen.
+inline bool codes_in_place(const Keys& keys) {
+  return keys.high && keys.dim * keys.hi_bits / 8 % 16 == 0 && (W == 8 || keys.block_size % 16 == 0);
+}
 
 // out [NR, dim] += weights [NR, tokens] times the bare codes of `tokens` rows: as `accumulate`.
 template <int NR, int Bits>
 void accumulate_codes(const float* weights, int64_t weights_stride, const uint8_t* codes, int64_t tokens, int64_t dim,
-                      float* out) {
+                      float* out, Ahead* ahead) {
   static_assert(Bits == 8 || Bits == 4);
   const int64_t bytes = dim * Bits / 8;
   constexpr int64_t step = W * Bits / 4;  // bytes at a time: two vectors of channels
+  if (ahead) ahead->spread_over(bytes / step * ((tokens + 3) / 4));
   for (int64_t b = 0; b < bytes; b += step) {
     Vec total[NR][2];
     for (int r = 0; r < NR; ++r) total[r][0] = total[r][1] = Vec{};
     for (int64_t t = 0; t < tokens; ++t) {
+      if (ahead && t % 4 == 0) ahead->fetch();
       const uint8_t* at = codes + t * bytes + b;
-      auto vector_at = [](const uint8_t* p) {
-        const auto* from = reinterpret_cast<const __m128i*>(p);
-        return W == 16 ? _mm_loadu_si128(from) : _mm_loadl_epi64(from);
-      };
-      const __m128i first = vector_at(at);
+      const __m128i first = bytes_at(at);
       const Vec v0 = floats(part_of<Bits>(first, 0));
-      const Vec v1 = Bits == 8 ? floats(vector_at(at + W)) : floats(part_of<Bits>(first, 1));
+      const Vec v1 = Bits == 8 ? floats(bytes_at(at + W)) : floats(part_of<Bits>(first, 1));
       for (int r = 0; r < NR; ++r) {
         const Vec weight = splat(weights[r * weights_stride + t]);
         total[r][0] += weight * v0;

@@ -20,6 +20,15 @@ namespace {
 #include "vec.inl"
 #include "codes.inl"
 #include "tile.inl"
+#if PIKV_WIDTH > 1
+#include "fused.inl"
+#else
+inline bool codes_in_place(const Keys&) { return false; }
+inline bool codes_in_place(const Values&) { return false; }
+#endif
+#if PIKV_WIDTH == 16
+#include "integer.inl"
+#endif
 #include "attend.inl"
 #include "scores.inl"
 

@@ -5,17 +5,19 @@ inline float rounding_of(int64_t dim) {
   return 4.0f * static_cast<float>(dim) * std::numeric_limits<float>::epsilon();
 }
 
-// Dot products of NR rows of the tile's scaled_q with a block's high plane, read in place or from the tile.
+// Dot products of NR rows of the tile's scaled_q with a block's high plane, read in place or from the tile, plus an offset.
 template <int NR>
-void coarse_dots(const Tile& tile, const Keys& keys, int64_t row, bool in_place, float* logits, int64_t width,
-                 Ahead* ahead) {
-  const int64_t stride = padded(keys.dim);
+void coarse_logits(Tile& tile, const Keys& keys, int64_t row, bool in_place, const float* offset, const float* most,
+                   float* logits, int64_t width, Ahead* ahead) {
 #if PIKV_WIDTH > 1
-  if (in_place) return dots_of_codes<NR>(tile.scaled_q.data(), stride, keys, row, logits, width, true, ahead);
+  if (in_place) return code_logits<NR>(tile, keys, row, true, offset, most, logits, width, ahead);
 #else
-  (void)in_place, (void)row;
+  (void)in_place, (void)row, (void)most;
 #endif
+  const int64_t stride = padded(keys.dim);
   dots<NR>(tile.scaled_q.data(), stride, tile.k.data(), width, stride, logits, width, ahead);
+  for (int r = 0; r < NR; ++r)
+    for (int64_t t = 0; t < keys.block_size; ++t) logits[r * width + t] += offset[r];
 }
 
 void score_tokens(const float* q, int64_t rows, const Keys& keys, const int64_t* ids, int64_t count, int64_t head,
@@ -38,7 +40,6 @@ void score_tokens(const float* q, int64_t rows, const Keys& keys, const int64_t*
     if (i + 1 < count) {
       const int64_t next = (ids[i + 1] * keys.groups + head) * tokens * high_bytes;
       ahead.add(reinterpret_cast<const char*>(keys.high) + next, tokens * high_bytes);
-      ahead.spread_over(tokens);
     }
     if (!in_place)
       for (int64_t t = 0; t < tokens; ++t)
@@ -46,33 +47,35 @@ void score_tokens(const float* q, int64_t rows, const Keys& keys, const int64_t*
     const float *scale = tile.k_scale.data(), *zero = tile.k_zero.data();
     for (int64_t first = 0; first < rows; first += 4) {
       const int64_t here = rows - first < 4 ? rows - first : 4;
-      float offset[4];
+      float offset[4], most[4];
       for (int64_t r = 0; r < here; ++r) {
         const float* query = q + (first + r) * q_stride;
         float* scaled = tile.scaled_q.data() + r * q_stride;
-        Vec at{}, reach{}, square{};
+        Vec at{}, reach{}, square{}, largest_of{};
         for (int64_t d = 0; d < q_stride; d += W) {  // behind dim, query and scales are zero
           const Vec x = load(query + d), s = load(scale + d), z = load(zero + d);
           at += x * (z + s * middle);
           reach += absolute(x) * (s * half_width + larger(absolute(z), absolute(z + s * levels)) * rounding);
           square += (x * s) * (x * s);
-          store(scaled + d, x * s * step);
+          const Vec folded = x * s * step;
+          largest_of = larger(absolute(folded), largest_of);
+          store(scaled + d, folded);
         }
-        offset[r] = sum(at);
+        offset[r] = sum(at), most[r] = largest(largest_of);
         const float farthest = sum(reach), half_variance = 0.5f * variance * sum(square);
         radius[(first + r) * stride + i] = farthest;
         spread[(first + r) * stride + i] = half_variance < farthest ? half_variance : farthest;  // no error exceeds it
       }
       float* logits = tile.weights.data();
       switch (here) {
-        case 1: coarse_dots<1>(tile, keys, row, in_place, logits, width, &ahead); break;
-        case 2: coarse_dots<2>(tile, keys, row, in_place, logits, width, &ahead); break;
-        case 3: coarse_dots<3>(tile, keys, row, in_place, logits, width, &ahead); break;
-        default: coarse_dots<4>(tile, keys, row, in_place, logits, width, &ahead);
+        case 1: coarse_logits<1>(tile, keys, row, in_place, offset, most, logits, width, &ahead); break;
+        case 2: coarse_logits<2>(tile, keys, row, in_place, offset, most, logits, width, &ahead); break;
+        case 3: coarse_logits<3>(tile, keys, row, in_place, offset, most, logits, width, &ahead); break;
+        default: coarse_logits<4>(tile, keys, row, in_place, offset, most, logits, width, &ahead);
       }
       for (int64_t r = 0; r < here; ++r) {
         float* out = coarse + ((first + r) * stride + i) * tokens;
-        for (int64_t t = 0; t < tokens; ++t) out[t] = logits[r * width + t] + offset[r];
+        std::memcpy(out, logits + r * width, tokens * sizeof(float));
       }
     }
   }

@@ -2,9 +2,11 @@
 // inner loops over tiles. Included by kernels.inl.
 
 // Scratch of one thread. k [tokens, padded(D)], v [tokens, padded(E)], both with zeros behind their channels; weights
-// [4, tokens]; v_scale, v_zero [tokens]; k_scale, k_zero [padded(D)]. tokens is a multiple of kPad, zeros behind the block's.
+// [4, tokens]; v_scale, v_zero [tokens]; k_scale, k_zero [padded(D)]; scaled_q [4, padded(D)]; q_bytes, weight_bytes: scaled_q
+// and weights cut into bytes, where that is done. tokens is a multiple of kPad, zeros behind the block's.
 struct Tile {
   std::vector<float> k, v, weights, v_scale, v_zero, k_scale, k_zero, scaled_q;
+  std::vector<int32_t> q_bytes, weight_bytes;
 
   void fit(int64_t tokens, int64_t dim, int64_t value_dim) {
     const size_t padded_tokens = padded(tokens);
@@ -16,6 +18,8 @@ struct Tile {
     grow(k_scale, padded(dim));
     grow(k_zero, padded(dim));
     grow(scaled_q, 4 * padded(dim));
+    grow(q_bytes, 4 * padded(dim));
+    grow(weight_bytes, 4 * padded_tokens);
     if (tokens_ != tokens || dim_ != dim || value_dim_ != value_dim) {  // what lies behind must be zero again
       for (auto* buffer : {&k, &v, &weights, &v_scale, &v_zero, &k_scale, &k_zero}) std::fill(buffer->begin(), buffer->end(), 0.0f);
       tokens_ = tokens, dim_ = dim, value_dim_ = value_dim;
@@ -23,8 +27,9 @@ struct Tile {
   }
 
  private:
-  static void grow(std::vector<float>& buffer, size_t size) {
-    if (buffer.size() < size) buffer.assign(size, 0.0f);
+  template <class T>
+  static void grow(std::vector<T>& buffer, size_t size) {
+    if (buffer.size() < size) buffer.assign(size, T{});
   }
   int64_t tokens_ = 0, dim_ = 0, value_dim_ = 0;
 };
@@ -66,30 +71,31 @@ inline void value_row(const Values& values, int64_t row, float* y, float& scale,
 // Memory that will be read next, fetched a few lines at a time between computations: all at once would stall them.
 class Ahead {
  public:
-  void clear() { spans_ = at_ = 0, lines_ = 0; }
+  void clear() { spans_ = at_ = 0; }
   void add(const char* from, int64_t bytes) {
-    span_[spans_++] = {from, (bytes + 63) / 64};
-    lines_ += (bytes + 63) / 64;
+    span_[spans_++] = {from, from + bytes};
   }
-  // Divides the fetching over `tokens` tokens of computation.
-  void spread_over(int64_t tokens) { per_token_ = (lines_ + tokens - 1) / tokens; }
-  void fetch(int64_t tokens) {
-    for (int64_t n = per_token_ * tokens; n > 0 && at_ < spans_; --n) {
-      Span& span = span_[at_];
-      __builtin_prefetch(span.from);
-      span.from += 64;
-      if (--span.lines == 0) ++at_;
-    }
+  // Divides what is left to fetch over so many calls of `fetch`.
+  void spread_over(int64_t calls) {
+    int64_t left = 0;
+    for (int i = at_; i < spans_; ++i) left += span_[i].to - span_[i].from;
+    lines_ = (left / 64 + calls - 1) / calls;
+  }
+  void fetch() {  // up to some lines past a span's end, which harms nobody
+    if (at_ == spans_) return;
+    Span& span = span_[at_];
+    for (int64_t i = 0; i < lines_; ++i) __builtin_prefetch(span.from + 64 * i);
+    span.from += 64 * lines_;
+    at_ += span.from >= span.to;
   }
 
  private:
   struct Span {
-    const char* from;
-    int64_t lines;
+    const char *from, *to;
   };
-  Span span_[4];
+  Span span_[8];
   int spans_ = 0, at_ = 0;
-  int64_t lines_ = 0, per_token_ = 0;
+  int64_t lines_ = 0;
 };
 
 // Dot products of NR rows of q with the tile's tokens: logits [NR, padded tokens].
@@ -97,8 +103,9 @@ template <int NR>
 void dots(const float* q, int64_t q_stride, const float* k, int64_t tokens, int64_t dim, float* logits,
           int64_t logits_stride, Ahead* ahead) {
   constexpr int NT = NR >= 3 ? 2 : 4;  // enough sums in flight to hide the latency of a multiply-add
+  if (ahead) ahead->spread_over(2 * (tokens + NT - 1) / NT);  // the other half between the values
   for (int64_t t = 0; t < tokens; t += NT) {
-    if (ahead) ahead->fetch(NT);
+    if (ahead) ahead->fetch();
     Vec total[NR][NT];
     for (int r = 0; r < NR; ++r)
       for (int j = 0; j < NT; ++j) total[r][j] = Vec{};
@@ -124,14 +131,17 @@ void dots(const float* q, int64_t q_stride, const float* k, int64_t tokens, int6
 
 // out [NR, dim] += weights [NR, tokens] v [tokens, padded dim]; out rows are dim apart, so the last piece may be cut.
 template <int NR>
-void accumulate(const float* weights, int64_t weights_stride, const float* v, int64_t tokens, int64_t dim, float* out) {
+void accumulate(const float* weights, int64_t weights_stride, const float* v, int64_t tokens, int64_t dim, float* out,
+                Ahead* ahead) {
   constexpr int NV = static_cast<int>(kPad) / W;
   const int64_t padded_dim = padded(dim);
+  if (ahead) ahead->spread_over(padded_dim / kPad * ((tokens + 3) / 4));
   for (int64_t d = 0; d < dim; d += kPad) {
     Vec total[NR][NV];
     for (int r = 0; r < NR; ++r)
       for (int i = 0; i < NV; ++i) total[r][i] = Vec{};
     for (int64_t t = 0; t < tokens; ++t) {
+      if (ahead && t % 4 == 0) ahead->fetch();
       Vec value[NV];
       for (int i = 0; i < NV; ++i) value[i] = load(v + t * padded_dim + d + i * W);
       for (int r = 0; r < NR; ++r) {
@@ -154,10 +164,3 @@ void accumulate(const float* weights, int64_t weights_stride, const float* v, in
     }
   }
 }
-
-#if PIKV_WIDTH > 1
-#include "fused.inl"
-#else
-inline bool codes_in_place(const Keys&) { return false; }
-inline bool codes_in_place(const Values&) { return false; }
-#endif

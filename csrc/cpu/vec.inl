@@ -61,13 +61,12 @@ inline auto halves(Vec v) {
 inline float sum(Vec v) {
 #if PIKV_WIDTH == 1
   return v;
-#else
+#elif PIKV_WIDTH == 8
   const auto half = halves(v);
-  float x[W / 2];
-  std::memcpy(x, &half, sizeof half);
-  float total = 0.0f;
-  for (float value : x) total += value;
-  return total;
+  const auto quarter = _mm_hadd_ps(half, half);
+  return _mm_cvtss_f32(_mm_hadd_ps(quarter, quarter));
+#else
+  return _mm512_reduce_add_ps(v);
 #endif
 }
 
