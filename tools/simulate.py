@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
@@ -23,13 +24,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
+from tools import ptx2cpp
+
 Simulator = Literal["fibers", "ptx"]
 Sanitizer = Literal["thread", "address"]
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNTIME = ROOT / "csrc" / "sim"
 INCLUDE = ROOT / "csrc" / "include"
-HEADERS = {".h", ".cuh", ".inl"}
+INCLUDES = [f"-I{INCLUDE}", f"-I{RUNTIME}"]
 COMPILERS = 2  # at once
 CUDA_ARCHITECTURE = "compute_80"
 
@@ -45,6 +48,8 @@ FLAGS = [
     "-Wall",
     "-Wno-unknown-pragmas",
 ]
+# Translated PTX is long, its compilation would take longer than its run.
+TRANSLATION_FLAGS = ["-O0", "-w"]
 SANITIZE = {
     None: [],
     "thread": ["-fsanitize=thread"],
@@ -84,8 +89,8 @@ def build(
         groups = pool.map(lambda unit: _objects(unit[0], unit[1], simulator), units)
         objects = [path for group in groups for path in group]
     kind = ["-rdynamic"] if executable else ["-shared"]
-    command = ["g++", *kind, *SANITIZE[sanitizer], *map(str, objects)]
-    return _cached(command, [], ".exe" if executable else ".so")
+    command = ["g++", *kind, *SANITIZE[sanitizer]]
+    return _linked(command, objects, ".exe" if executable else ".so")
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -108,36 +113,67 @@ def check(library: ctypes.CDLL, status: int) -> None:
 
 def _objects(source: Path, flags: Sequence[str], simulator: Simulator) -> list[Path]:
     """The object files of one source; a .cu for `ptx` gives its launchers and its translated kernels."""
-    folders = {INCLUDE, RUNTIME, source.parent}
-    headers = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in HEADERS)
-    compile_cpp = ["g++", *FLAGS, *flags, f"-I{INCLUDE}", f"-I{RUNTIME}", "-x", "c++", "-c"]
+    compile_cpp = ["g++", *FLAGS, *flags, *INCLUDES, "-x", "c++", "-c"]
     if source.suffix != ".cu" or simulator == "fibers":
-        return [_cached([*compile_cpp, str(source)], headers, ".o")]
-    raise BuildError("simulator B is not there yet")
+        return [_made(compile_cpp, source, ".o")]
+    compiler = nvcc()
+    if compiler is None:
+        raise BuildError("nvcc is not there: the PTX simulator needs it")
+    ptx = _made([compiler, "-ptx", f"-arch={CUDA_ARCHITECTURE}", "-std=c++20", *INCLUDES], source, ".ptx")
+    translated = _translated(ptx)
+    return [
+        _made([*compile_cpp, "-DPIKV_SIM_PTX"], source, ".o"),
+        _made([*compile_cpp, *TRANSLATION_FLAGS], translated, ".o"),
+    ]
 
 
-def _cached(command: list[str], headers: Iterable[Path], suffix: str) -> Path:
-    """What `command` makes with `-o`, made once for the same command and the same contents of what it reads."""
-    digest = hashlib.sha256(repr(command).encode())
-    for path in [*map(Path, command), *headers]:
-        if path.is_file():
-            digest.update(path.name.encode() + path.read_bytes())
+def _translated(ptx: Path) -> Path:
+    """The C++ of a PTX file."""
+    digest = hashlib.sha256(ptx.read_bytes())
+    for name in ("ptx2cpp.py", "ptx_instructions.py"):
+        digest.update((ROOT / "tools" / name).read_bytes())
+    return _published(digest, ".cpp", lambda path: path.write_text(ptx2cpp.translate(ptx.read_text())))
+
+
+def _made(command: list[str], source: Path, suffix: str) -> Path:
+    """What `command` makes of a source with `-o`, made once for the same command and contents."""
+    digest = hashlib.sha256(repr([*command, source.name]).encode())
+    for path in _read_by(source):
+        digest.update(path.read_bytes())
+    return _published(digest, suffix, lambda path: _run([*command, str(source), "-o", str(path)]))
+
+
+def _linked(command: list[str], objects: list[Path], suffix: str) -> Path:
+    names = list(map(str, objects))  # which tell the contents
+    digest = hashlib.sha256(repr([*command, *names]).encode())
+    return _published(digest, suffix, lambda path: _run([*command, *names, "-o", str(path)]))
+
+
+def _read_by(source: Path) -> list[Path]:
+    """A source and all that it includes with quotation marks, as far as it can be found."""
+    found = [source]
+    for path in found:
+        for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.M):
+            places = [(folder / name).resolve() for folder in (path.parent, INCLUDE, RUNTIME)]
+            header = next((place for place in places if place.exists()), None)
+            if header and header not in found:
+                found.append(header)
+    return found
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise BuildError(f"{' '.join(command)}\n{result.stderr}")
+
+
+def _published(digest: hashlib._Hash, suffix: str, make: Callable[[Path], object]) -> Path:
+    """The cache's file of that digest; made, if it is not there, under another name, so that nobody reads half."""
     cache = Path(os.environ.get("PIKV_SIM_CACHE", ROOT / "build" / "sim"))
     cache.mkdir(parents=True, exist_ok=True)
     target = cache / (digest.hexdigest()[:32] + suffix)
     if not target.exists():
-
-        def make(path: Path) -> None:
-            result = subprocess.run([*command, "-o", str(path)], capture_output=True, text=True, check=False)
-            if result.returncode != 0:
-                raise BuildError(f"{' '.join(command)}\n{result.stderr}")
-
-        _publish(target, make)
+        draft = target.with_name(f"{target.stem}.{os.getpid()}{suffix}")
+        make(draft)
+        os.replace(draft, target)
     return target
-
-
-def _publish(target: Path, make: Callable[[Path], None]) -> None:
-    """Makes a file under a name of its own first, so that nobody reads half of it."""
-    draft = target.with_name(f"{target.stem}.{os.getpid()}{target.suffix}")
-    make(draft)
-    os.replace(draft, target)

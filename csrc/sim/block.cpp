@@ -222,7 +222,8 @@ void Block::arrive(const Copy& copy) {
   std::fill_n(in_flight_.begin() + (copy.to - shared.begin()), copy.bytes, false);
 }
 
-void Block::memory_access() {
+void Block::memory_access(uint64_t address, int bytes, const char* what) {
+  if (address % static_cast<unsigned>(bytes)) fail(std::string(what) + " of " + std::to_string(bytes) + " bytes is misaligned");
   if (!chance_.on()) return;
   if (current_->until_yield == 0) {
     current_->until_yield = 1 + chance_.below(64);
@@ -231,7 +232,13 @@ void Block::memory_access() {
   --current_->until_yield;
 }
 
+unsigned char* Block::global_access(uint64_t address, int bytes, const char* what) {
+  memory_access(address, bytes, what);
+  return reinterpret_cast<unsigned char*>(address);
+}
+
 unsigned char* Block::shared_access(uint64_t offset, int bytes, const char* what) {
+  memory_access(offset, bytes, what);
   const auto place = [&] { return std::string(what) + " of " + std::to_string(bytes) + " bytes at byte " + std::to_string(offset); };
   if (offset > shared.bytes() || static_cast<size_t>(bytes) > shared.bytes() - offset)
     fail(place() + " is outside shared memory, which has " + std::to_string(shared.bytes()) + " bytes");
@@ -271,7 +278,7 @@ unsigned ballot(unsigned mask, bool predicate, Site site) {
 void copy_async(void* shared, const void* global, int bytes) { block->copy_async(shared, global, bytes); }
 void copy_async_commit() { ++block->current().group; }
 void copy_async_wait(unsigned pending) { block->copy_async_wait(pending); }
-void memory_access() { block->memory_access(); }
+unsigned char* global_access(uint64_t address, int bytes, const char* what) { return block->global_access(address, bytes, what); }
 unsigned char* shared_access(uint64_t offset, int bytes, const char* what) { return block->shared_access(offset, bytes, what); }
 void fail(const std::string& what) { block->fail(what); }
 

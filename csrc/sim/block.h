@@ -71,7 +71,7 @@ class Block {
   std::shared_ptr<Meeting> meet(Operation operation, unsigned mask, uint64_t value, Site site);
   void copy_async(void* shared, const void* global, int bytes);
   void copy_async_wait(unsigned pending);
-  void memory_access();
+  unsigned char* global_access(uint64_t address, int bytes, const char* what);
   unsigned char* shared_access(uint64_t offset, int bytes, const char* what);
   [[noreturn]] void fail(const std::string& what);
   [[noreturn]] void exit();
@@ -85,6 +85,7 @@ class Block {
   bool has_ready(int warp) const;
   void release_barrier();
   void suspend(State state);
+  void memory_access(uint64_t address, int bytes, const char* what);
   void arrive(const Copy& copy);
   std::string stuck() const;
   std::string where(const Thread& thread) const;

@@ -79,6 +79,11 @@ std::string symbol_of(const void* function) {
   return dladdr(function, &info) && info.dli_sname && info.dli_saddr == function ? info.dli_sname : "";
 }
 
+cudaError_t refuse(const std::string& why) {
+  last_error = why;
+  return cudaErrorLaunchFailure;
+}
+
 cudaError_t run(const Launch& launch) {
   if (!fits(launch)) return cudaErrorInvalidConfiguration;
   const Unwatched books;
@@ -102,8 +107,7 @@ cudaError_t run(const Launch& launch) {
   acquire(&grid_end);
   if (error.empty()) return cudaSuccess;
   for (auto& set : fibers) set.reset();  // some stopped midway
-  last_error = kernel_name(launch.kernel) + ": " + error;
-  return cudaErrorLaunchFailure;
+  return refuse(kernel_name(launch.kernel) + ": " + error);
 }
 
 }  // namespace pikv::sim

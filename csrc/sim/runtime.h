@@ -108,9 +108,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, s
                    Arguments... arguments) {
 #if defined(PIKV_SIM_PTX)
   const sim::PtxParameters parameters(static_cast<Parameters>(arguments)...);
-  const sim::PtxKernel* const translated = sim::find_ptx_kernel(reinterpret_cast<const void*>(kernel));
-  if (!translated || !parameters.fit(*translated)) return cudaErrorInvalidValue;
-  return sim::run({reinterpret_cast<const void*>(kernel), translated->body, parameters.bytes(), grid, dim3(threads), shared_bytes});
+  return sim::run_ptx({reinterpret_cast<const void*>(kernel), nullptr, nullptr, grid, dim3(threads), shared_bytes}, parameters);
 #else
   struct Call {
     void (*kernel)(Parameters...);

@@ -29,6 +29,8 @@ struct Launch {
   size_t shared_bytes;
 };
 cudaError_t run(const Launch& launch);
+// A launch that cannot begin: remembers why.
+cudaError_t refuse(const std::string& why);
 
 // A fiber's own place; constant as long as a kernel's function can see.
 [[gnu::const]] const uint3& thread_index();
@@ -49,8 +51,9 @@ void copy_async(void* shared, const void* global, int bytes);
 void copy_async_commit();
 void copy_async_wait(unsigned pending);
 
-// Translated PTX alone: another thread's turn, perhaps; the address of shared memory, after a look at bounds and copies in flight.
-void memory_access();
+// Translated PTX alone: a memory access, at which another thread may have its turn. Fails if misaligned, or in shared memory (by
+// offset) out of bounds or not yet filled by a copy.
+unsigned char* global_access(uint64_t address, int bytes, const char* what);
 unsigned char* shared_access(uint64_t offset, int bytes, const char* what);
 
 // Ends the kernel with an error.
