@@ -42,7 +42,7 @@ class Statement(NamedTuple):
 def translate(ptx: str) -> str:
     """C++ of a PTX module's kernels."""
     ptx = re.sub(r"//[^\n]*", "", ptx)
-    if re.search(r"^\s*\.(visible\s+)?func\b", ptx, re.M):
+    if re.search(r"\.func\b", ptx):
         raise TranslationError(".func: functions that are called are not understood, only kernels")
     static = re.search(r"^\s*\.shared\b.*", ptx, re.M)
     if static:
