@@ -16,14 +16,11 @@
 #include <string>
 #include <vector>
 
+#include "pikv/arguments.h"
 #include "pikv/kernels.h"
 
 namespace pikv {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
 std::atomic<const CpuKernels*> chosen{nullptr};
 
@@ -40,90 +37,6 @@ std::string use_kernels(std::string name) {
   chosen.store(set);
   return set->name;
 }
-
-Dtype dtype_of(const char* name, const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kFloat16;
-    default: STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
-  }
-  return Dtype::kFloat32;
-}
-
-// Checks that x has this dtype, shape (-1: any) and contiguous memory.
-void check(const char* name, const Tensor& x, ScalarType dtype, const std::vector<int64_t>& shape) {
-  STD_TORCH_CHECK(x.scalar_type() == dtype, name, ": unexpected dtype");
-  STD_TORCH_CHECK(x.is_contiguous(), name, ": expected a contiguous tensor");
-  STD_TORCH_CHECK(x.dim() == static_cast<int64_t>(shape.size()), name, ": expected ", shape.size(), " dimensions, got ", x.dim());
-  for (size_t i = 0; i < shape.size(); ++i)
-    STD_TORCH_CHECK(shape[i] < 0 || x.size(i) == shape[i], name, ": expected size ", shape[i], " in dimension ", i, ", got ",
-                    x.size(i));
-}
-
-template <class T>
-const T* data(const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); }
-template <class T>
-T* mutable_data(Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); }
-
-struct KeyArguments {
-  const MaybeTensor &raw, &high, &low, &scale, &zero;
-  int64_t hi_bits, lo_bits;
-
-  Keys view(int64_t groups, int64_t dim) const {
-    const Tensor& first = raw ? *raw : *high;
-    STD_TORCH_CHECK(raw || high, "keys: expected raw keys or codes");
-    STD_TORCH_CHECK(first.dim() == 4, "keys: expected [blocks, groups, block_size, channels]");
-    const int64_t blocks = first.size(0), tokens = first.size(2);
-    Keys keys{};
-    keys.groups = groups, keys.block_size = tokens, keys.dim = dim;
-    keys.hi_bits = static_cast<int>(hi_bits), keys.lo_bits = static_cast<int>(lo_bits);
-    if (raw) {
-      keys.dtype = dtype_of("k", *raw);
-      check("k", *raw, raw->scalar_type(), {blocks, groups, tokens, dim});
-      keys.raw = raw->const_data_ptr();
-    }
-    if (high) {
-      check("k_high", *high, ScalarType::Byte, {blocks, groups, tokens, dim * hi_bits / 8});
-      STD_TORCH_CHECK(scale && zero, "k_scale, k_zero: expected beside k_high");
-      check("k_scale", *scale, ScalarType::Half, {blocks, groups, dim});
-      check("k_zero", *zero, ScalarType::Half, {blocks, groups, dim});
-      keys.high = data<uint8_t>(*high);
-      keys.scale = data<uint16_t>(*scale);
-      keys.zero = data<uint16_t>(*zero);
-    }
-    if (low) {
-      check("k_low", *low, ScalarType::Byte, {blocks, groups, tokens, dim * lo_bits / 8});
-      keys.low = data<uint8_t>(*low);
-    }
-    return keys;
-  }
-};
-
-struct ValueArguments {
-  const MaybeTensor &raw, &codes, &scale, &zero;
-  int64_t bits;
-
-  Values view(int64_t groups, int64_t tokens, int64_t dim) const {
-    STD_TORCH_CHECK(raw || codes, "values: expected raw values or codes");
-    Values values{};
-    values.groups = groups, values.block_size = tokens, values.dim = dim, values.bits = static_cast<int>(bits);
-    if (raw) {
-      values.dtype = dtype_of("v", *raw);
-      check("v", *raw, raw->scalar_type(), {-1, groups, tokens, dim});
-      values.raw = raw->const_data_ptr();
-    } else {
-      check("v_codes", *codes, ScalarType::Byte, {-1, groups, tokens, dim * bits / 8});
-      STD_TORCH_CHECK(scale && zero, "v_scale, v_zero: expected beside v_codes");
-      check("v_scale", *scale, ScalarType::Half, {-1, groups, tokens});
-      check("v_zero", *zero, ScalarType::Half, {-1, groups, tokens});
-      values.codes = data<uint8_t>(*codes);
-      values.scale = data<uint16_t>(*scale);
-      values.zero = data<uint16_t>(*zero);
-    }
-    return values;
-  }
-};
 
 // q [G, R, D] float32 as rows of padded(D), times `factor`.
 std::vector<float> padded_queries(const Tensor& q, float factor) {
