@@ -18,7 +18,7 @@ BENCHMARKS ?= $(sort $(wildcard benchmarks/bench_*.py benchmarks/decode_*.py))
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input -qq
 CONSTRAINTS := requirements/constraints.txt
-CSRC := $(wildcard csrc/*.cpp csrc/cpu/* csrc/include/pikv/*)
+CSRC := $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/* csrc/include/pikv/*)
 STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 

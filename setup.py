@@ -2,12 +2,19 @@
 
 Without a C++ compiler the package installs all the same and runs on plain torch; PIKV_REQUIRE_EXT=1 makes that an
 error.
+
+The CUDA kernels are a library of their own, `_ops_cuda`. They take minutes to compile, so PIKV_CUDA decides: unset,
+they are built where nvcc is found and torch has CUDA; 1 demands them (they load under a torch without CUDA too), 0
+leaves them out.
 """
 
 import glob
 import logging
 import os
-from subprocess import CalledProcessError
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.errors import BaseError, CompileError, LinkError
@@ -24,10 +31,13 @@ FLAGS = ["-O3", "-std=gnu++20", "-fvisibility=hidden", "-Wall"]
 # torch's stable ABI as of 2.13: the library serves every later version; Python it does not touch at all.
 MACROS = [("TORCH_TARGET_VERSION", "0x020d000000000000")]
 REQUIRED = os.environ.get("PIKV_REQUIRE_EXT") == "1"
+CUDA_OPS = "pikv_megatron._ops_cuda"
+CUDA_CHOICE = os.environ.get("PIKV_CUDA", "auto")
+CUDA_ARCHITECTURES = ("80", "90a", "100a")  # those of them that nvcc knows
 
 # How a compiler that is missing or fails shows: by what BuildExtension raises when it asks for its version, and by what
 # setuptools raises when it runs it, whose errors have no class in common.
-FAILURES = (OSError, RuntimeError, CalledProcessError, BaseError, CompileError, LinkError)
+FAILURES = (OSError, RuntimeError, subprocess.CalledProcessError, BaseError, CompileError, LinkError)
 
 
 def without_ops(reason: object) -> None:
@@ -37,9 +47,76 @@ def without_ops(reason: object) -> None:
     logging.warning("pikv_megatron: the compiled ops were NOT built, plain torch will be used: %s", reason)
 
 
+def without_cuda(reason: object) -> None:
+    """Ends the build where CUDA is demanded, else says what follows."""
+    if CUDA_CHOICE == "1":
+        raise SystemExit(f"pikv_megatron: the CUDA kernels cannot be built and PIKV_CUDA=1: {reason}")
+    logging.warning("pikv_megatron: the CUDA kernels were not built, ops on a GPU will not run: %s", reason)
+
+
+def find_cuda() -> Path | None:
+    """The CUDA toolkit's folder: CUDA_HOME, its usual place, or where the nvcc of PATH is."""
+    found = shutil.which("nvcc")
+    places = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", found and Path(found).resolve().parents[1]]
+    homes = [Path(place) for place in places if place]
+    return next((h for h in homes if (h / "bin/nvcc").exists() and (h / "include/cuda_runtime_api.h").exists()), None)
+
+
+def cuda_extension(torch_has_cuda: bool) -> list[Extension]:
+    """The library of CUDA kernels, or nothing; `compile_kernels` adds the objects that nvcc makes."""
+    if CUDA_CHOICE == "0" or (CUDA_CHOICE == "auto" and not torch_has_cuda):
+        return []
+    home = find_cuda()
+    if home is None:
+        without_cuda("no CUDA toolkit with nvcc and headers was found (CUDA_HOME says where)")
+        return []
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    ops = Extension(
+        CUDA_OPS,
+        ["csrc/cuda/bindings.cpp"],
+        include_dirs=["csrc/include", f"{home}/include", *include_paths()],
+        library_dirs=[f"{home}/lib64", *library_paths()],
+        libraries=["c10", "torch_cpu", "torch", "cudart_static", "rt", "dl", "pthread"],
+        define_macros=MACROS,
+        extra_compile_args={"cxx": FLAGS},  # type: ignore[arg-type] - BuildExtension's form
+        extra_link_args=["-Wl,--no-undefined"],
+        language="c++",
+        py_limited_api=True,
+        depends=[
+            "csrc/include/pikv/arguments.h",
+            "csrc/include/pikv/cuda.h",
+            *map(str, Path("csrc/cuda").glob("*.cu*")),
+        ],
+    )
+    return [ops]
+
+
+def compile_kernels(folder: str) -> list[str]:
+    """The objects of csrc/cuda/*.cu, machine code for every architecture; CalledProcessError with nvcc's words."""
+    home = find_cuda()
+    assert home is not None
+    nvcc = str(home / "bin/nvcc")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    flags = ["-O3", "-std=c++17", "-Icsrc/include", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    for arch in CUDA_ARCHITECTURES:
+        if f"sm_{arch}" in known:
+            flags.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> str:
+        target = f"{folder}/{source.stem}.cuda.o"
+        subprocess.run([nvcc, *flags, "-c", str(source), "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, sorted(Path("csrc/cuda").glob("*.cu"))))
+
+
 def extension() -> dict[str, object]:
     """What `setup` needs to build the ops, or nothing where torch is not there to build against."""
     try:
+        import torch.version
         from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
     except ImportError as error:
         without_ops(error)
@@ -47,6 +124,12 @@ def extension() -> dict[str, object]:
 
     class OptionalBuild(BuildExtension):  # type: ignore[misc]
         def build_extensions(self) -> None:
+            for cuda_ops in [e for e in self.extensions if e.name == CUDA_OPS]:
+                try:
+                    cuda_ops.extra_objects = compile_kernels(self.build_temp)
+                except (OSError, subprocess.CalledProcessError) as error:
+                    without_cuda(error)
+                    self.extensions.remove(cuda_ops)
             try:
                 super().build_extensions()
             except FAILURES as error:
@@ -67,10 +150,14 @@ def extension() -> dict[str, object]:
         extra_compile_args={"cxx": FLAGS},  # type: ignore[arg-type] - BuildExtension's form
         language="c++",
         py_limited_api=True,
-        depends=["csrc/include/pikv/kernels.h", *sorted(glob.glob("csrc/cpu/*.inl"))],
+        depends=[
+            "csrc/include/pikv/arguments.h",
+            "csrc/include/pikv/kernels.h",
+            *sorted(glob.glob("csrc/cpu/*.inl")),
+        ],
     )
     return {
-        "ext_modules": [ops],
+        "ext_modules": [ops, *cuda_extension(torch.version.cuda is not None)],
         "cmdclass": {"build_ext": OptionalBuild.with_options(use_ninja=False)},
         "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }

@@ -50,7 +50,8 @@ def _load() -> str | None:
             )
         log.warning("the compiled ops are not built: plain torch is used, which is slower (see `make install`)")
         return None
-    torch.ops.load_library(libraries[0])
+    for library in libraries:  # the CPU's first: it brings the schemas; then CUDA's kernels, where they were built
+        torch.ops.load_library(library)
     kernels.register_fakes()
     return use_kernels(choice)
 

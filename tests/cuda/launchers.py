@@ -71,6 +71,10 @@ class Launchers:
         self.library = library
         self.splits = 3
 
+    def set_seed(self, seed: int) -> None:
+        """The order of threads: 0 as they come, else at random."""
+        self.library.pikv_sim_set_seed(seed)
+
     def _call(self, name: str, *arguments: object) -> None:
         simulate.check(self.library, getattr(self.library, f"pikv_cuda_{name}")(*arguments, c_void_p(None)))
 

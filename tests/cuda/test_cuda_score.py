@@ -1,6 +1,4 @@
-"""The kernels that say what to read, on the simulators: scores, importance and selection against the reference in float64, and
-prefetch.
-"""
+"""The kernels that say what to read: scores, importance and selection against the reference, and prefetch."""
 
 from __future__ import annotations
 
