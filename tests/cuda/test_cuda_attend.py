@@ -176,11 +176,13 @@ def test_large_logits(cuda):
     assert ((partial.out.double() - out).abs().amax(-1) < 0.02).double().mean() > 0.7  # near ties may fall otherwise
 
 
-def test_a_long_context(cuda):
-    """8,192 tokens whose values average to little: what is lost to rounding must not show beside it."""
-    held = random_store(256, 1, 32, 64, 64, "int8")
-    q = 0.1 * torch.randn(1, 4, 64, generator=_rng(14))
-    ids = torch.randperm(256, generator=_rng(15))
+@pytest.mark.parametrize("codec", ["float32", "int8", "int4"])
+@pytest.mark.parametrize("blocks", [256, pytest.param(4096, marks=pytest.mark.slow)])
+def test_a_long_context(cuda, blocks, codec):
+    """8,192 and 131,072 tokens whose values average to little: what is lost to rounding must not show beside it."""
+    held = _store(codec, blocks, 32, 64, 64)
+    q = 0.1 * torch.randn(2, 4, 64, generator=_rng(14))
+    ids = torch.randperm(blocks, generator=_rng(15))
     expected = dense_rows(q, *rows_of(held, ids), 0.125)
     assert expected[0].abs().max() < 0.1
     cuda.splits = 1
