@@ -295,10 +295,13 @@ class PiKVCache:
 
     def stats(self) -> dict[str, Any]:
         """What the cache holds and did; bytes are summed from the tensors' storage. Waits for the device."""
-        states = [state for request in self._requests.values() for state in request.layers]
-        return cache_stats(
-            self.tiers, self._windows, len(self._requests), states, self.placement, self._sealer, self._meter
-        ) | {"capacity_tokens": self.capacity_tokens}
+        requests = self._requests.values()
+        states = [state for request in requests for state in request.layers]
+        routing = [t for request in requests for _, *observed in request.routing.values() for t in observed]
+        stats = cache_stats(
+            self.tiers, self._windows, routing, len(requests), states, self.placement, self._sealer, self._meter
+        )
+        return stats | {"capacity_tokens": self.capacity_tokens}
 
     # ---- inside
 

@@ -74,7 +74,7 @@ class CodecConfig:
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """How many tokens each layer may hold on the device (PyramidKV, arXiv 2406.02069)."""
+    """How many tokens of one request each layer may hold on the device (PyramidKV, arXiv 2406.02069)."""
 
     policy: Literal["none", "uniform", "pyramid"] = "none"
     first_layer_tokens: int | None = None
@@ -155,7 +155,7 @@ class TierConfig:
 
     kind: Literal["device", "host"] = "device"
     bytes: int | None = None
-    """Capacity; None means room for max_tokens tokens of every layer."""
+    """Capacity; None means room for what max_tokens and the budget may place here."""
 
     def __post_init__(self) -> None:
         check_fields(self, "runtime.tiers")

@@ -54,6 +54,7 @@ class ReadMeter:
 def cache_stats(
     tiers: Sequence[BlockPool],
     windows: Sequence[WindowBuffer],
+    routing: Sequence[torch.Tensor],
     requests: int,
     states: Sequence[LayerState],
     placement: Placement,
@@ -62,8 +63,8 @@ def cache_stats(
 ) -> dict[str, Any]:
     """The dictionary that PiKVCache.stats returns.
 
-    bytes_held: what live requests occupy (used blocks, their window slots, waiting prompt chunks); bytes_allocated:
-    the pools' whole memory. Both are sums over storages.
+    bytes_held: what live requests occupy (used blocks, their window slots, waiting prompt chunks, the routing kept
+    for dense layers); bytes_allocated: the pools' whole memory. Both are sums over storages.
     """
     report: dict[str, Any] = {"requests": requests, "tiers": {}}
     for tier, pool in enumerate(tiers):
@@ -82,6 +83,7 @@ def cache_stats(
     slots = [t for window in windows for t in window.tensors.values()]
     slot_bytes = sum(t[0].numel() * t.element_size() for t in slots)
     waiting = sum(state.window.waiting_bytes for state in states)
+    waiting += sum(t.untyped_storage().nbytes() for t in routing)
     report["window"] = {
         "bytes_held": requests * slot_bytes + waiting,
         "bytes_allocated": sum(t.untyped_storage().nbytes() for t in slots) + waiting,

@@ -117,6 +117,9 @@ def held_tensors(cache: PiKVCache) -> dict[str, Tensor]:
     for layer_id, window in enumerate(cache._windows):
         named |= {f"window.{layer_id}.{name}": t for name, t in window.tensors.items()}
     for request_id, request in cache._requests.items():
+        for layer_id, (_, expert_ids, weights) in request.routing.items():
+            prefix = f"waiting.{request_id}.{layer_id}.routing"
+            named |= {f"{prefix}.expert_ids": expert_ids, f"{prefix}.weights": weights}
         for state in request.layers:
             if state.window._waiting is not None:
                 names = state.window._waiting._asdict().items()

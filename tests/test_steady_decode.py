@@ -183,6 +183,12 @@ def test_nothing_of_size_is_left_out_of_stats(kind):
     assert 0 <= new - beside - cache.stats()["bytes_allocated"] <= slack
 
 
+def test_the_routing_kept_for_dense_layers_is_counted():
+    cache, _ = _warm(KINDS["exact int8"], "dense layers too")
+    assert "waiting.0.0.routing.weights" in held_tensors(cache)
+    _check_bytes(cache)
+
+
 def test_host_and_device_bytes_are_told_apart():
     cache, _ = _warm(KINDS["exact int4 demote"])
     tiers = cache.stats()["tiers"]
