@@ -50,12 +50,17 @@ FLAGS = [
 ]
 # Translated PTX is long, its compilation would take longer than its run.
 TRANSLATION_FLAGS = ["-O0", "-w"]
-SANITIZE = {
+# Of the kernels; what calls them and the simulator itself are not looked at.
+SANITIZE: dict[Sanitizer | None, list[str]] = {
     None: [],
     "thread": ["-fsanitize=thread"],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
 }
-RUNTIME_MACROS = {None: [], "thread": ["-DPIKV_SIM_TSAN"], "address": ["-DPIKV_SIM_ASAN"]}
+RUNTIME_MACROS: dict[Sanitizer | None, list[str]] = {
+    None: [],
+    "thread": ["-DPIKV_SIM_TSAN"],
+    "address": ["-DPIKV_SIM_ASAN"],
+}
 
 
 class BuildError(RuntimeError):
@@ -82,8 +87,8 @@ def build(
 ) -> Path:
     """A shared library or executable of .cu and .cpp sources and the simulator; BuildError if one does not compile."""
     units = [
-        *((path, [*SANITIZE[sanitizer]]) for path in sources),
-        *((path, [*RUNTIME_MACROS[sanitizer]]) for path in sorted(RUNTIME.glob("*.cpp"))),
+        *((path, SANITIZE[sanitizer] if path.suffix == ".cu" else []) for path in sources),
+        *((path, RUNTIME_MACROS[sanitizer]) for path in sorted(RUNTIME.glob("*.cpp"))),
     ]
     with ThreadPoolExecutor(COMPILERS) as pool:
         groups = pool.map(lambda unit: _objects(unit[0], unit[1], simulator), units)

@@ -1,0 +1,136 @@
+#include "harness.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+
+#include "numbers.h"
+#include "simulator.h"
+
+namespace harness {
+namespace {
+
+uint64_t state = 1;
+
+uint64_t next() {  // splitmix64
+  uint64_t x = state += 0x9e3779b97f4a7c15u;
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+  return x ^ x >> 31;
+}
+
+}  // namespace
+
+void launched(int status) {
+  if (status == 0) return;
+  std::fprintf(stderr, "launcher returned %d: %s\n", status, pikv_sim_last_error());
+  std::exit(kFailed);
+}
+
+void equal(const char* what, const void* got, const void* expected, size_t bytes) {
+  if (bytes == 0 || std::memcmp(got, expected, bytes) == 0) return;
+  std::fprintf(stderr, "%s: wrong result\n", what);
+  std::exit(kDifferent);
+}
+
+void near(const char* what, const std::vector<float>& got, const std::vector<float>& expected, float tolerance) {
+  float largest = 0.0f;
+  for (const float x : expected)
+    if (std::isfinite(x)) largest = std::fmax(largest, std::fabs(x));
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (got[i] == expected[i] || std::fabs(got[i] - expected[i]) <= tolerance * largest) continue;
+    std::fprintf(stderr, "%s: wrong result, element %zu is %.9g, not %.9g\n", what, i, got[i], expected[i]);
+    std::exit(kDifferent);
+  }
+}
+
+std::vector<float> numbers(int64_t count, float low, float high) {
+  std::vector<float> x(static_cast<size_t>(count));
+  for (float& v : x) v = low + (high - low) * static_cast<float>(next() >> 40) * 0x1p-24f;
+  return x;
+}
+
+std::vector<uint8_t> bytes(int64_t count) {
+  std::vector<uint8_t> x(static_cast<size_t>(count));
+  for (uint8_t& v : x) v = static_cast<uint8_t>(next() >> 32);
+  return x;
+}
+
+std::vector<int64_t> indices(int64_t count, int64_t limit) {
+  std::vector<int64_t> x(static_cast<size_t>(count));
+  for (int64_t& v : x) v = static_cast<int64_t>(next() >> 33) % limit;
+  return x;
+}
+
+std::vector<uint16_t> halves(const std::vector<float>& x) {
+  std::vector<uint16_t> y;
+  for (const float v : x) y.push_back(pikv::float_to_half(v, pikv::Rounding::kNearest));
+  return y;
+}
+
+std::vector<float> unwritten(int64_t count) {
+  return std::vector<float>(static_cast<size_t>(count), std::numeric_limits<float>::quiet_NaN());
+}
+
+StoredKeys::StoredKeys(int64_t groups, int64_t block_size, int64_t dim, int hi_bits, int lo_bits) : keys{} {
+  const int64_t rows = kBlocks * groups * block_size;
+  if (hi_bits == 0) raw = numbers(rows * dim);
+  keys = {.raw = raw.data(), .dtype = pikv::Dtype::kFloat32, .hi_bits = hi_bits ? hi_bits : 2, .lo_bits = lo_bits,
+          .groups = groups, .block_size = block_size, .dim = dim};
+  if (hi_bits) keys.raw = nullptr;
+  high = bytes(rows * dim * keys.hi_bits / 8);
+  low = bytes(rows * dim * lo_bits / 8);
+  scale = halves(numbers(kBlocks * groups * dim, 0.01f, 0.2f));
+  zero = halves(numbers(kBlocks * groups * dim));
+  keys.high = high.data(), keys.low = lo_bits ? low.data() : nullptr, keys.scale = scale.data(), keys.zero = zero.data();
+}
+
+StoredValues::StoredValues(int64_t groups, int64_t block_size, int64_t dim, int bits) : values{} {
+  const int64_t rows = kBlocks * groups * block_size;
+  values = {.dtype = pikv::Dtype::kFloat32, .bits = bits, .groups = groups, .block_size = block_size, .dim = dim};
+  if (bits == 0) {
+    raw = numbers(rows * dim);
+    values.raw = raw.data();
+    return;
+  }
+  codes = bytes(rows * dim * bits / 8);
+  scale = halves(numbers(rows, 0.01f, 0.2f));
+  zero = halves(numbers(rows));
+  values.codes = codes.data(), values.scale = scale.data(), values.zero = zero.data();
+}
+
+std::vector<float> padded_queries(const std::vector<float>& q, int64_t rows, int64_t dim, float scale) {
+  const int64_t width = pikv::padded(dim);
+  std::vector<float> to(static_cast<size_t>(rows * width));
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t i = 0; i < dim; ++i) to[static_cast<size_t>(row * width + i)] = q[static_cast<size_t>(row * dim + i)] * scale;
+  return to;
+}
+
+Softmax::Softmax(int64_t rows, int64_t dim)
+    : rows(rows), dim(dim), out(static_cast<size_t>(rows * dim)), high(static_cast<size_t>(rows), -INFINITY),
+      total(static_cast<size_t>(rows)), lse(static_cast<size_t>(rows)) {}
+
+pikv::Partial Softmax::from(int64_t row) { return {out.data() + row * dim, high.data() + row, total.data() + row}; }
+
+void Softmax::finish() {
+  for (int64_t row = 0; row < rows; ++row) {
+    const size_t r = static_cast<size_t>(row);
+    for (int64_t i = 0; i < dim; ++i) out[static_cast<size_t>(row * dim + i)] /= total[r] > 0 ? total[r] : 1;
+    lse[r] = total[r] > 0 ? high[r] + std::log(total[r]) : -INFINITY;
+  }
+}
+
+}  // namespace harness
+
+// Arguments: seeds of the simulator.
+int main(int count, char** seeds) {
+  for (int i = 1; i < count; ++i) {
+    harness::state = 1;
+    pikv_sim_set_seed(std::strtoull(seeds[i], nullptr, 10));
+    harness::cases();
+  }
+  return harness::kEqual;
+}
