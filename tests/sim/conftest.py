@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import harnesses
 import pytest
 
 from tools import simulate
@@ -13,8 +14,7 @@ HERE = Path(__file__).resolve().parent
 
 @pytest.fixture(scope="session", params=["fibers", "ptx"])
 def simulator(request):
-    if request.param == "ptx" and simulate.nvcc() is None:
-        pytest.skip("no nvcc here: it makes the PTX that this simulator runs")
+    harnesses.skip_without_nvcc(request.param)
     return request.param
 
 

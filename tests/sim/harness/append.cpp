@@ -27,7 +27,9 @@ void run(int64_t groups, int64_t block_size, int64_t dim, int64_t value_dim, int
                                        true_values.codes.data() + to * value_size * bits / 8, nullptr,
                                        true_values.scale.data() + to * block_size, true_values.zero.data() + to * block_size);
   }
-  harness::launched(pikv::cuda::pikv_cuda_append(k.data(), v.data(), pikv::Dtype::kFloat32, &keys.keys, &values.values, ids.data(),
+  const pikv::cuda::Blocks k_blocks{k.data(), groups * key_size * 4, key_size * 4};
+  const pikv::cuda::Blocks v_blocks{v.data(), groups * value_size * 4, value_size * 4};
+  harness::launched(pikv::cuda::pikv_cuda_append(&k_blocks, &v_blocks, pikv::Dtype::kFloat32, &keys.keys, &values.values, ids.data(),
                                                  count, nullptr));
   harness::equal("raw keys", keys.raw, true_keys.raw);
   harness::equal("high", keys.high, true_keys.high);
