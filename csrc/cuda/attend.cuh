@@ -1,5 +1,5 @@
-// Attention of a few query rows over stored tokens, as attend_blocks and attend_tokens do it (flash-decoding: the tokens are
-// split over thread blocks, whose partials merge_partials.cu merges).
+// Attention of a few query rows over stored tokens, as the attend_*.cu do it (flash-decoding: the tokens are split over thread
+// blocks, whose partials merge_partials.cu merges).
 //
 // A warp takes tiles of its own: while it works on one, the next is on its way to shared memory. A lane owns a token for the
 // logits (or a part of it, where a tile has fewer than 32), and channels for the values. The warps of a thread block meet only
@@ -16,23 +16,30 @@ struct AttendLayout {
 };
 
 struct AttendWork {
-  const float* q;  // [groups, rows, dim]
-  int64_t rows;
+  const float* q;  // [requests, groups, rows, dim]
+  int64_t requests, rows;
   float softmax_scale;
   Tile tile;
   AttendLayout at;
   Kind key_kind, value_kind;
   int groups, block_size, dim, value_dim;
+  int64_t matrix_rows;          // of the pool from one matrix [block, KV head] to the next
   const uint16_t* value_scale;  // [blocks, groups, block_size], null for raw values
   const uint16_t* value_zero;
-  const int64_t* ids;      // [count] blocks, or [groups, count] of tokens
-  const int64_t* offsets;  // of tokens
+  const int64_t* ids;           // [count] blocks, or [groups, count] of tokens; null: block 0
+  const int64_t* first_blocks;  // [requests + 1] in ids, where each request's begin; null: all are one request's
+  const int64_t* offsets;       // of tokens
   const bool* read;
   const int64_t* key_positions;  // [count, block_size]
   const int64_t* query_positions;
   int64_t count;
-  float* out;  // [splits, groups * rows, value_dim]
-  float* lse;  // [splits, groups * rows]
+  float* out;  // [splits, requests * groups * rows, value_dim]
+  float* lse;  // [splits, requests * groups * rows]
+};
+
+// Which of the ids are meant: one request's.
+struct Run {
+  int64_t first, count;
 };
 
 // This lane's token of a tile: its row in the pool and the matrix [block, KV head] that the row is in.
@@ -51,24 +58,24 @@ struct Token {
 };
 
 template <bool SINGLE>
-__device__ __forceinline__ Place place_of(const AttendWork& work, int64_t tile, int64_t head) {
+__device__ __forceinline__ Place place_of(const AttendWork& work, const Run& run, int64_t tile, int64_t head) {
   const int token = lane_id() % work.tile.tokens;
   Place place;
   if constexpr (SINGLE) {
-    const int64_t first = tile * work.tile.tokens, left = work.count - first;
+    const int64_t first = tile * work.tile.tokens, left = run.count - first;
     place.tokens = static_cast<int>(left < work.tile.tokens ? left : work.tile.tokens);
-    const int64_t index = head * work.count + first + token;
+    const int64_t index = head * run.count + first + token;
     place.live = token < place.tokens && (!work.read || work.read[index]);
     place.matrix = place.live ? work.ids[index] * work.groups + head : head;  // what is not read is not fetched either
-    place.row = place.matrix * work.block_size + (place.live ? work.offsets[index] : 0);
+    place.row = place.matrix * work.matrix_rows + (place.live ? work.offsets[index] : 0);
   } else {
     const int per_block = (work.block_size + work.tile.tokens - 1) / work.tile.tokens;
     const int64_t block = tile / per_block;
     const int first = static_cast<int>(tile - block * per_block) * work.tile.tokens;
     place.tokens = min(work.tile.tokens, work.block_size - first);
     place.live = token < place.tokens;
-    place.matrix = work.ids[block] * work.groups + head;
-    place.row = place.matrix * work.block_size + first + token;
+    place.matrix = (work.ids ? work.ids[run.first + block] : 0) * work.groups + head;
+    place.row = place.matrix * work.matrix_rows + first + token;
   }
   return place;
 }
@@ -113,11 +120,13 @@ __device__ __forceinline__ Token fetch(const AttendWork& work, const Place& plac
   return kept;
 }
 
-// Grid: splits, KV heads, pieces of ROWS rows.
+// Grid: splits, KV heads, requests with their pieces of ROWS rows.
 template <int ROWS, int UNITS, bool SINGLE>
-__global__ void __launch_bounds__(kThreads, ROWS == 8 ? 2 : 3) attend_kernel(AttendWork work) {
+__global__ void __launch_bounds__(kThreads, ROWS * UNITS >= 8 ? 2 : 3) attend_kernel(AttendWork work) {
   PIKV_DYNAMIC_SHARED(shared);
-  const int64_t head = blockIdx.y, first_row = static_cast<int64_t>(blockIdx.z) * ROWS;
+  const int64_t head = blockIdx.y, pieces = (work.rows + ROWS - 1) / ROWS;
+  const int64_t request = blockIdx.z / pieces, first_row = (blockIdx.z - request * pieces) * ROWS;
+  const int64_t matrix = request * work.groups + head;  // of q
   const int dim = work.dim, lane = lane_id();
   float* q = reinterpret_cast<float*>(shared);
   int64_t* query_positions = reinterpret_cast<int64_t*>(shared + work.at.positions);
@@ -128,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, ROWS == 8 ? 2 : 3) attend_kernel(Att
   int64_t* place_rows = reinterpret_cast<int64_t*>(mine + work.at.rows);
   unsigned char* stages = mine + work.at.stages;
 
-  load_queries<ROWS>(work.q + head * work.rows * dim, work.rows, first_row, dim, work.softmax_scale, q);
+  load_queries<ROWS>(work.q + matrix * work.rows * dim, work.rows, first_row, dim, work.softmax_scale, q);
   const bool causal = !SINGLE && work.query_positions != nullptr;
   if (causal && threadIdx.x < ROWS)
     query_positions[threadIdx.x] = first_row + threadIdx.x < work.rows ? work.query_positions[first_row + threadIdx.x] : 0;
@@ -144,8 +153,13 @@ __global__ void __launch_bounds__(kThreads, ROWS == 8 ? 2 : 3) attend_kernel(Att
   }
 
   const int per_tile = work.tile.tokens, token = lane % per_tile, part = lane / per_tile, parts = kLanes / per_tile;
-  const int64_t tiles = SINGLE ? (work.count + per_tile - 1) / per_tile
-                               : work.count * ((work.block_size + per_tile - 1) / per_tile);
+  Run run{0, work.count};
+  if (!SINGLE && work.first_blocks) {
+    run.first = work.first_blocks[request];
+    run.count = work.first_blocks[request + 1] - run.first;
+  }
+  const int64_t tiles = SINGLE ? (run.count + per_tile - 1) / per_tile
+                               : run.count * ((work.block_size + per_tile - 1) / per_tile);
   const int64_t worker = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id(), workers = static_cast<int64_t>(gridDim.x) * kWarps;
   const int64_t begin = share_begin(tiles, worker, workers), end = share_begin(tiles, worker + 1, workers);
   const bool fold = !SINGLE && work.tile.scale.bytes > 0;
@@ -155,13 +169,13 @@ __global__ void __launch_bounds__(kThreads, ROWS == 8 ? 2 : 3) attend_kernel(Att
   Place ahead{};
   int stage = 0;
   if (begin < end) {
-    now = fetch<SINGLE>(work, place_of<SINGLE>(work, begin, head), begin, stages, place_rows);
-    if (begin + 1 < end) ahead = place_of<SINGLE>(work, begin + 1, head);
+    now = fetch<SINGLE>(work, place_of<SINGLE>(work, run, begin, head), begin, stages, place_rows);
+    if (begin + 1 < end) ahead = place_of<SINGLE>(work, run, begin + 1, head);
   }
   for (int64_t tile = begin; tile < end; ++tile) {
     if (tile + 1 < end) {
       next = fetch<SINGLE>(work, ahead, tile + 1, stages + (stage ^ 1) * work.tile.bytes, place_rows);
-      if (tile + 2 < end) ahead = place_of<SINGLE>(work, tile + 2, head);
+      if (tile + 2 < end) ahead = place_of<SINGLE>(work, run, tile + 2, head);
       copy_async_wait<1>();
     } else {
       copy_async_wait<0>();
@@ -215,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, ROWS == 8 ? 2 : 3) attend_kernel(Att
     for (int u = 0; u < UNITS; ++u) sums[(r * UNITS + u) * kLanes + lane] = sum[r][u];
   }
   __syncthreads();
-  const int64_t all_rows = work.groups * work.rows, partial = blockIdx.x * all_rows + head * work.rows;
+  const int64_t partial = (blockIdx.x * work.requests * work.groups + matrix) * work.rows;
   for (int i = static_cast<int>(threadIdx.x); i < ROWS * work.value_dim; i += kThreads) {
     const int r = i / work.value_dim, place = i - r * work.value_dim, unit = place / 4, j = place % 4;
     if (first_row + r >= work.rows) break;
@@ -257,11 +271,12 @@ template <int ROWS, int UNITS, bool SINGLE>
 int launch_attend(AttendWork work, int splits, cudaStream_t stream) {
   work.at = attend_layout<ROWS, UNITS>(work, SINGLE);
   const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(work.groups),
-                  static_cast<unsigned>((work.rows + ROWS - 1) / ROWS));
+                  static_cast<unsigned>(work.requests * ((work.rows + ROWS - 1) / ROWS)));
   return launch(attend_kernel<ROWS, UNITS, SINGLE>, grid, kThreads, static_cast<size_t>(work.at.total), stream, work);
 }
 
-// Attends, split, and merges. `single`: over tokens, not whole blocks.
+// Attends, split, and merges. Of `work` the caller sets q, rows, softmax_scale, ids and what its op has besides. SINGLE: over
+// single tokens, not whole blocks.
 template <bool SINGLE>
 int attend(AttendWork work, const Keys& keys, const Values& values, int splits, float* workspace, float* out, float* lse,
            void* stream) {
@@ -273,11 +288,13 @@ int attend(AttendWork work, const Keys& keys, const Values& values, int splits, 
       work.value_kind == Kind::kCodes44 || work.value_kind == Kind::kCodes22 || !dim_fits(keys.dim) || !dim_fits(values.dim) ||
       splits < 1)
     return cudaErrorInvalidValue;
-  if (work.rows == 0) return cudaSuccess;
+  if (work.requests == 0) work.requests = work.first_blocks ? 0 : 1;
+  if (work.matrix_rows == 0) work.matrix_rows = work.block_size;
+  const int64_t rows = work.requests * keys.groups * work.rows;
+  if (rows == 0) return cudaSuccess;
   work.value_scale = values.raw ? nullptr : values.scale;
   work.value_zero = values.raw ? nullptr : values.zero;
   work.tile = fit_tile(keys, &values, SINGLE ? kLanes : keys.block_size, SINGLE);
-  const int64_t rows = keys.groups * work.rows;
   work.out = workspace;
   work.lse = workspace + splits * rows * values.dim;
   const auto s = static_cast<cudaStream_t>(stream);

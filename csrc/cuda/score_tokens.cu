@@ -1,162 +1,19 @@
-// score_tokens: logits of whole blocks from the high plane of their keys. A warp takes tiles of its own, as in attend.cuh; the
-// sums over channels that radius and spread need come with folding the block's scale into q.
+// score_tokens: logits of whole blocks from the high plane of their keys, and how far they may be off.
 
-#include "tile.cuh"
+#include "score.cuh"
 
 namespace pikv::cuda {
 
-struct TokenScoring {
-  const float* q;  // [groups, rows, dim]
-  int64_t rows;
-  float softmax_scale;
-  Tile tile;
-  Kind kind;
-  int groups, block_size, dim;
-  const int64_t* ids;  // [count], or [groups, count] where per_head
-  bool per_head;
-  int64_t count;
-  float factor;    // of a code of the high plane: 2**lo_bits
-  float middle;    // of what the low plane may add to a code
-  float width;     // half the width of what is not known, in steps
-  float variance;  // half the variance of it, in steps
-  float rounding;  // of a dot product, relative
-  float levels;
-  float* coarse;
-  float* radius;
-  float* spread;
-  int at_warps, warp_bytes;  // shared memory: q, then each warp's folded q and stages
-};
-
-// Sums over the channels of a block, a row of q each.
-template <int ROWS>
-struct BlockSums {
-  float offset[ROWS], reach[ROWS], squares[ROWS];
-};
-
-template <int ROWS>
-__device__ __forceinline__ void fold_and_sum(const TokenScoring& work, const unsigned char* stage, const float* q, float* folded,
-                                             BlockSums<ROWS>& sums) {
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) sums.offset[r] = sums.reach[r] = sums.squares[r] = 0.0f;
-  for (int channel = lane_id(); channel < work.dim; channel += kLanes) {
-    const float scale = half_to_float(load<uint16_t>(stage + work.tile.scale.at + 2 * channel));
-    const float zero = half_to_float(load<uint16_t>(stage + work.tile.zero.at + 2 * channel));
-    const float largest = fmaxf(fabsf(zero), fabsf(fmaf(scale, work.levels, zero)));
-    const float reach = fmaf(scale, work.width, largest * work.rounding);
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      const float x = q[r * work.dim + channel], scaled = x * scale;
-      folded[r * work.dim + channel] = scaled * work.factor;
-      sums.offset[r] = fmaf(scaled, work.middle, fmaf(x, zero, sums.offset[r]));
-      sums.reach[r] = fmaf(fabsf(x), reach, sums.reach[r]);
-      sums.squares[r] = fmaf(scaled, scaled, sums.squares[r]);
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < ROWS; ++r) {
-    sums.offset[r] = lanes_sum(sums.offset[r]);
-    sums.reach[r] = lanes_sum(sums.reach[r]);
-    sums.squares[r] = lanes_sum(sums.squares[r]);
-  }
-}
-
-// Grid: shares of the blocks, KV heads, pieces of ROWS rows.
-template <int ROWS>
-__global__ void __launch_bounds__(kThreads, ROWS == 8 ? 3 : 4) score_tokens_kernel(TokenScoring work) {
-  PIKV_DYNAMIC_SHARED(shared);
-  const int64_t head = blockIdx.y, first_row = static_cast<int64_t>(blockIdx.z) * ROWS;
-  const int dim = work.dim, lane = lane_id();
-  float* q = reinterpret_cast<float*>(shared);
-  unsigned char* mine = shared + work.at_warps + warp_id() * work.warp_bytes;
-  float* folded = reinterpret_cast<float*>(mine);
-  unsigned char* stages = mine + ROWS * dim * 4;
-  load_queries<ROWS>(work.q + head * work.rows * dim, work.rows, first_row, dim, work.softmax_scale, q);
-  __syncthreads();
-
-  const int per_tile = work.tile.tokens, per_block = (work.block_size + per_tile - 1) / per_tile;
-  const int token = lane % per_tile, part = lane / per_tile, parts = kLanes / per_tile;
-  const int64_t tiles = work.count * per_block;
-  const int64_t worker = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id(), workers = static_cast<int64_t>(gridDim.x) * kWarps;
-  const int64_t begin = share_begin(tiles, worker, workers), end = share_begin(tiles, worker + 1, workers);
-  const int64_t* ids = work.ids + (work.per_head ? head * work.count : 0);
-
-  // Starts the copies of a tile of the block with this id.
-  const auto fetch = [&](int64_t id, int64_t tile, unsigned char* stage) {
-    const int first = static_cast<int>(tile % per_block) * per_tile;
-    const int64_t matrix = id * work.groups + head, row = matrix * work.block_size + first;
-    copy_rows(stage, work.tile.high, min(per_tile, work.block_size - first), [row](int i) { return row + i; });
-    copy_rows(stage, work.tile.scale, 1, [matrix](int) { return matrix; });
-    copy_rows(stage, work.tile.zero, 1, [matrix](int) { return matrix; });
-    copy_async_commit();
-  };
-
-  int stage = 0;
-  int64_t ahead = 0;
-  if (begin < end) {
-    fetch(ids[begin / per_block], begin, stages);
-    if (begin + 1 < end) ahead = ids[(begin + 1) / per_block];
-  }
-  for (int64_t tile = begin; tile < end; ++tile) {
-    if (tile + 1 < end) {
-      fetch(ahead, tile + 1, stages + (stage ^ 1) * work.tile.bytes);
-      if (tile + 2 < end) ahead = ids[(tile + 2) / per_block];
-      copy_async_wait<1>();
-    } else {
-      copy_async_wait<0>();
-    }
-    __syncwarp();
-    const unsigned char* here = stages + stage * work.tile.bytes;
-    BlockSums<ROWS> sums;
-    fold_and_sum<ROWS>(work, here, q, folded, sums);
-    __syncwarp();
-    const int64_t block = tile / per_block;
-    const int first = static_cast<int>(tile - block * per_block) * per_tile, at = first + token;
-    float logit[ROWS];
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) logit[r] = part == 0 ? sums.offset[r] : 0.0f;
-    if (at < work.block_size) dot_token<false, ROWS>(work.kind, work.tile, here, token, folded, dim, part, parts, logit);
-    add_parts<ROWS>(logit, per_tile);
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      if (first_row + r >= work.rows) break;
-      const int64_t place = (head * work.rows + first_row + r) * work.count + block;
-      if (part == 0 && at < work.block_size) work.coarse[place * work.block_size + at] = logit[r];
-      if (lane == 0 && first == 0) {
-        work.radius[place] = sums.reach[r];
-        work.spread[place] = fminf(sums.squares[r] * work.variance, sums.reach[r]);
-      }
-    }
-    __syncwarp();  // before the stage and the folded q are written again
-    stage ^= 1;
-  }
-}
-
-template <int ROWS>
-int launch_score_tokens(TokenScoring work, cudaStream_t stream) {
-  work.at_warps = ROWS * work.dim * 4;
-  work.warp_bytes = ROWS * work.dim * 4 + 2 * work.tile.bytes;
-  const int64_t shares = (work.count + 4 * kWarps - 1) / (4 * kWarps);  // some four blocks a warp
-  const dim3 grid(static_cast<unsigned>(shares < 1024 ? shares : 1024), static_cast<unsigned>(work.groups),
-                  static_cast<unsigned>((work.rows + ROWS - 1) / ROWS));
-  return launch(score_tokens_kernel<ROWS>, grid, kThreads, static_cast<size_t>(work.at_warps + kWarps * work.warp_bytes), stream,
-                work);
-}
-
 extern "C" int pikv_cuda_score_tokens(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const int64_t* ids,
                                       bool per_head, int64_t count, float* coarse, float* radius, float* spread, void* stream) {
+  if (!keys->high) return cudaErrorInvalidValue;
   Keys plane = *keys;  // what is read: the high plane alone
   const bool raw = keys->raw != nullptr;
   plane.raw = nullptr, plane.low = nullptr;
   const int lo_bits = raw ? 0 : keys->lo_bits;
-  TokenScoring work{};
+  Scoring work{};
   work.q = q, work.rows = rows, work.softmax_scale = softmax_scale;
   work.kind = kind_of(false, keys->dtype, keys->hi_bits, 0);
-  if (!keys->high || work.kind == Kind::kUnknown || work.kind == Kind::kCodes80 || !dim_fits(keys->dim))
-    return cudaErrorInvalidValue;
-  if (rows == 0 || count == 0) return cudaSuccess;
-  work.groups = static_cast<int>(keys->groups), work.block_size = static_cast<int>(keys->block_size);
-  work.dim = static_cast<int>(keys->dim);
-  work.tile = fit_tile(plane, nullptr, keys->block_size, false);
   work.ids = ids, work.per_head = per_head, work.count = count;
   work.factor = static_cast<float>(1 << lo_bits);
   work.middle = static_cast<float>((1 << lo_bits) - 1) / 2;
@@ -164,10 +21,8 @@ extern "C" int pikv_cuda_score_tokens(const float* q, int64_t rows, float softma
   work.variance = static_cast<float>((raw ? 1.0 / 12 : ((1 << 2 * lo_bits) - 1) / 12.0) / 2);
   work.rounding = static_cast<float>(4.0 * keys->dim * 0x1p-23);
   work.levels = static_cast<float>((1 << (keys->hi_bits + lo_bits)) - 1);
-  work.coarse = coarse, work.radius = radius, work.spread = spread;
-  const auto s = static_cast<cudaStream_t>(stream);
-  if (rows == 1) return launch_score_tokens<1>(work, s);
-  return rows <= 4 ? launch_score_tokens<4>(work, s) : launch_score_tokens<8>(work, s);
+  work.logits = coarse, work.radius = radius, work.spread = spread;
+  return score<false>(work, plane, stream);
 }
 
 }  // namespace pikv::cuda

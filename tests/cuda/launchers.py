@@ -34,6 +34,17 @@ class _Values(ctypes.Structure):
     )
 
 
+class _Blocks(ctypes.Structure):
+    """`struct Blocks` of cuda.h."""
+
+    _fields_ = (("x", c_void_p), ("block_bytes", c_int64), ("head_bytes", c_int64))
+
+
+def _blocks(x: Tensor) -> _Blocks:
+    size = x.element_size()
+    return _Blocks(x.data_ptr(), x.stride(0) * size, x.stride(1) * size)
+
+
 def _pointer(x: Tensor | None) -> c_void_p:
     assert x is None or x.is_contiguous()
     return c_void_p(None if x is None else x.data_ptr())
@@ -59,6 +70,15 @@ def _values(values: Values) -> _Values:
     groups, block_size = sample.shape[1:3]
     dtype = 0 if values.raw is None else DTYPES[values.raw.dtype]
     return _Values(*map(_pointer, values[:4]), dtype, values.bits, groups, block_size, _value_dim(values))
+
+
+def _raw_keys(k: Tensor) -> _Keys:
+    """Raw keys [G, S, D] outside pools."""
+    return _Keys(k.data_ptr(), None, None, None, None, DTYPES[k.dtype], 0, 0, *k.shape)
+
+
+def _raw_values(v: Tensor) -> _Values:
+    return _Values(v.data_ptr(), None, None, None, DTYPES[v.dtype], 0, *v.shape)
 
 
 class Launchers:
@@ -98,12 +118,12 @@ class Launchers:
         self._call("dequantize_block", *planes, *sizes, c_bool(per_channel), _pointer(y))
         return y
 
-    def append(self, k, v, keys, values, block_ids):
+    def append(self, keys, values, block_ids, new_k, new_v):
         self._call(
             "append",
-            _pointer(k),
-            _pointer(v),
-            DTYPES[k.dtype],
+            ctypes.byref(_blocks(new_k)),
+            ctypes.byref(_blocks(new_v)),
+            DTYPES[new_k.dtype],
             ctypes.byref(_keys(keys)),
             ctypes.byref(_values(values)),
             _pointer(block_ids),
@@ -111,23 +131,44 @@ class Launchers:
         )
 
     def _attention(self, q, keys, values, softmax_scale):
-        groups, rows, _ = q.shape
-        dim = _value_dim(values)
-        out, lse = torch.full((groups, rows, dim), torch.nan), torch.full((groups, rows), torch.nan)
-        workspace = torch.full((self.splits * groups * rows * (dim + 1),), torch.nan)
+        *lead, rows, _ = q.shape
+        dim = values.dim
+        out, lse = torch.full((*lead, rows, dim), torch.nan), torch.full((*lead, rows), torch.nan)
+        workspace = torch.full((self.splits * lse.numel() * (dim + 1),), torch.nan)
         q = q.float().contiguous()
-        front = (_pointer(q), c_int64(rows), c_float(softmax_scale), ctypes.byref(_keys(keys)))
+        requests = [c_int64(lead[0])] if len(lead) == 2 else []
+        front = (
+            _pointer(q),
+            *requests,
+            c_int64(rows),
+            c_float(softmax_scale),
+            ctypes.byref(keys),
+            ctypes.byref(values),
+        )
         back = (self.splits, _pointer(workspace), _pointer(out), _pointer(lse))
-        return (*front, ctypes.byref(_values(values))), back, Partial(out, lse), (q, workspace)
+        return front, back, Partial(out, lse), (q, workspace)
 
     def attend_blocks(self, q, keys, values, block_ids, softmax_scale, key_positions=None, query_positions=None):
-        front, back, partial, _held = self._attention(q, keys, values, softmax_scale)
+        front, back, partial, _held = self._attention(q, _keys(keys), _values(values), softmax_scale)
         positions = map(_pointer, (key_positions, query_positions))
         self._call("attend_blocks", *front, _pointer(block_ids), c_int64(block_ids.numel()), *positions, *back)
         return partial
 
-    def attend_tokens(self, q, keys, values, block_ids, offsets, softmax_scale, read=None):
+    def attend_ragged(self, q, keys, values, block_ids, first_blocks, softmax_scale):
+        front, back, partial, _held = self._attention(q, _keys(keys), _values(values), softmax_scale)
+        self._call("attend_ragged", *front, _pointer(block_ids), _pointer(first_blocks), *back)
+        return partial
+
+    def attend_at(self, q, k, v, key_positions, query_positions, softmax_scale):
+        keys, values, head_rows = _raw_keys(k), _raw_values(v), k.stride(0) // k.stride(1)
+        assert head_rows == v.stride(0) // v.stride(1)
         front, back, partial, _held = self._attention(q, keys, values, softmax_scale)
+        positions = map(_pointer, (key_positions, query_positions))
+        self._call("attend_at", *front, c_int64(head_rows), *positions, *back)
+        return partial
+
+    def attend_tokens(self, q, keys, values, block_ids, offsets, softmax_scale, read=None):
+        front, back, partial, _held = self._attention(q, _keys(keys), _values(values), softmax_scale)
         tokens = map(_pointer, (block_ids, offsets, read))
         self._call("attend_tokens", *front, *tokens, c_int64(block_ids.shape[1]), *back)
         return partial
@@ -162,6 +203,33 @@ class Launchers:
         front = (_pointer(q), _pointer(lse), c_int64(q.shape[1]), c_float(softmax_scale), ctypes.byref(_keys(keys)))
         self._call("token_importance", *front, _pointer(block_ids), c_int64(block_ids.numel()), _pointer(importance))
         return importance
+
+    def window_importance(self, q, lse, k, query_tokens, softmax_scale):
+        importance = torch.full((k.shape[1],), torch.nan)
+        front = (_pointer(q), _pointer(lse), c_int64(q.shape[1]), c_float(softmax_scale), ctypes.byref(_raw_keys(k)))
+        sizes = (c_int64(k.stride(0) // k.stride(1)), c_int64(query_tokens))
+        self._call("window_importance", *front, *sizes, _pointer(importance))
+        return importance
+
+    def key_logits(self, q, keys, block_ids, softmax_scale):
+        sample = keys.raw if keys.raw is not None else keys.high
+        logits = torch.full((*q.shape[:2], block_ids.numel() * sample.shape[2]), torch.nan)
+        front = (_pointer(q), c_int64(q.shape[1]), c_float(softmax_scale), ctypes.byref(_keys(keys)))
+        self._call("key_logits", *front, _pointer(block_ids), c_int64(block_ids.numel()), _pointer(logits))
+        return logits
+
+    def rank_tokens(self, coarse, raw_lse):
+        groups, rows, count = coarse.shape
+        rank, workspace = torch.full((groups, count), torch.nan), torch.full((groups * rows,), torch.nan)
+        sizes = map(c_int64, coarse.shape)
+        self._call("rank_tokens", _pointer(coarse), _pointer(raw_lse), *sizes, _pointer(workspace), _pointer(rank))
+        return rank
+
+    def unread_mass(self, scores, read):
+        found = tuple(torch.full(scores.coarse.shape[:2], torch.nan) for _ in range(2))
+        fields = map(_pointer, (scores.coarse, scores.spread, scores.radius, read))
+        self._call("unread_mass", *fields, *map(c_int64, scores.coarse.shape), *map(_pointer, found))
+        return found
 
     def select_topk(self, scores, best):
         groups, count = scores.shape

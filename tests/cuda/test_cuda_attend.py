@@ -137,6 +137,35 @@ def test_attend_tokens_in_every_case(cuda, codec, dim):
         _check_tokens(cuda, **case)
 
 
+@pytest.mark.parametrize("heads", [1, 3, 9])
+@pytest.mark.parametrize("codec", ["bfloat16", "int8", "int2"])
+def test_attend_ragged(cuda, codec, heads):
+    """Requests of many lengths, none among them, and blocks that several share."""
+    lengths = (3, 0, 1, 11, 0)
+    held = _store(codec, 9, 32, 80, 64)
+    q = torch.randn(len(lengths), 2, heads, 80, generator=_rng(17))
+    ids = torch.randint(9, (sum(lengths),), generator=_rng(18))
+    first = torch.tensor([0, *lengths]).cumsum(0)
+    partial = cuda.attend_ragged(q, held.keys, held.values, ids, first, 0.1)
+    for i in range(len(lengths)):
+        expected = dense_rows(q[i], *rows_of(held, ids[first[i] : first[i + 1]]), 0.1)
+        _close(reference.Partial(partial.out[i], partial.lse[i]), expected)
+
+
+@pytest.mark.parametrize("dtype", RAW)
+@pytest.mark.parametrize(("tokens", "query_tokens"), [(1, 1), (68, 1), (45, 7), (300, 16)])
+def test_attend_at(cuda, tokens, query_tokens, dtype):
+    """Raw tokens as slices of a longer buffer, with a gap in their positions; all seen where there are none."""
+    k, v = (torch.randn(2, 310, n, generator=_rng(19 + n)).to(RAW[dtype])[:, 4 : 4 + tokens] for n in (64, 96))
+    q = torch.randn(2, 3 * query_tokens, 64, generator=_rng(20))
+    key_positions = torch.arange(tokens) + torch.where(torch.arange(tokens) < 4, 0, 100)
+    query_positions = key_positions[-query_tokens:].repeat(3)
+    query_positions[0] -= 1000  # sees nothing
+    seen = key_positions <= query_positions.unsqueeze(1)
+    _close(cuda.attend_at(q, k, v, key_positions, query_positions, 0.125), dense_rows(q, k, v, 0.125, seen))
+    _close(cuda.attend_at(q, k, v, None, None, 0.125), dense_rows(q, k, v, 0.125))
+
+
 @pytest.mark.parametrize("splits", [1, 2, 7, 40])
 def test_any_split_gives_the_same(cuda, splits):
     """More splits than blocks too: some have nothing to do."""

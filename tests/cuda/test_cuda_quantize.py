@@ -65,9 +65,9 @@ def _blocks(kind: str, shape: tuple[int, ...]) -> Tensor:
     return made[kind]
 
 
-def _equal(found: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) -> None:
+def _equal(found, expected, names=("high", "low", "scale", "zero")) -> None:
     """Bit for bit, the sign of zero included."""
-    for name, a, b in zip(("high", "low", "scale", "zero"), found, expected, strict=True):
+    for name, a, b in zip(names, found, expected, strict=True):
         assert (a is None) == (b is None)
         if a is not None and b is not None:
             assert torch.equal(*(x.view(torch.int16) if x.dtype == torch.float16 else x for x in (a, b))), name
@@ -126,7 +126,7 @@ def _check_append(cuda, dtype, keys, values, dim, value_dim, block_size, count):
     rng = torch.Generator().manual_seed(2)
     ids = torch.randperm(7, generator=rng)[:count]
     k, v = (torch.randn(count, 2, block_size, n, generator=rng).to(DTYPES[dtype]) for n in (dim, value_dim))
-    cuda.append(k, v, *pool, ids)
+    cuda.append(*pool, ids, k, v)
 
     encoded_k = (
         reference.quantize_block(k, *PLANES[keys], per_channel=True) if PLANES[keys][0] and count else (None,) * 4
@@ -145,6 +145,22 @@ def _check_append(cuda, dtype, keys, values, dim, value_dim, block_size, count):
 @pytest.mark.parametrize("case", every_pair(POOLS), ids=name_of)
 def test_append(cuda, case):
     _check_append(cuda, **case)
+
+
+def test_append_of_blocks_that_are_apart(cuda):
+    """New blocks as slices of a larger buffer, KV heads first: only a token's channels lie together."""
+    keys, values = _pool(4, "float32", "index", "int4", 64, 32, 16)
+    buffer_k, buffer_v = (torch.randn(2, 5, 16, n, generator=torch.Generator().manual_seed(3)) for n in (64, 32))
+    k, v = (x.transpose(0, 1)[1:4] for x in (buffer_k, buffer_v))
+    assert not k.is_contiguous()
+    cuda.append(keys, values, torch.tensor([3, 0, 2]), k, v)
+    assert torch.equal(keys.raw[[3, 0, 2]], k)
+    high, _, scale, zero = reference.quantize_block(k, 2, 0, per_channel=True)
+    _equal(
+        tuple(x[[3, 0, 2]] for x in (keys.high, keys.scale, keys.zero)), (high, scale, zero), ("high", "scale", "zero")
+    )
+    codes, _, scale, zero = reference.quantize_block(v, 4, 0, per_channel=False)
+    _equal(tuple(x[[3, 0, 2]] for x in values[1:4]), (codes, scale, zero), ("codes", "scale", "zero"))
 
 
 @pytest.mark.slow

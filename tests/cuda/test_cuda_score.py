@@ -95,6 +95,53 @@ def test_token_importance(cuda, case):
         assert ((importance - expected).abs() <= 2e-5 * expected).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "query_tokens"), [(1, 1), (68, 1), (45, 7), (40, 40)])
+def test_window_importance(cuda, tokens, query_tokens, dtype):
+    k = torch.randn(2, 70, 64, generator=_rng(10)).to(DTYPES[dtype])[:, 1 : 1 + tokens]
+    q = torch.randn(2, 3 * query_tokens, 64, generator=_rng(11))
+    lse = 3 * torch.randn(2, 3 * query_tokens, generator=_rng(12)) + 5
+    expected = reference.window_importance(q.double(), lse.double(), k, query_tokens, 0.125)
+    _near([cuda.window_importance(q, lse, k, query_tokens, 0.125)], [expected], ("importance",))
+
+
+@pytest.mark.parametrize("case", every_pair({**SHAPES, "per_head": [False]}), ids=name_of)
+def test_key_logits(cuda, case):
+    codec, dim, heads, block_size, blocks, _ = case.values()
+    held = _store(codec, blocks, block_size, dim)
+    q = torch.randn(2, heads, dim, generator=_rng(13))
+    ids = torch.randperm(max(blocks, 3), generator=_rng(14))[:blocks]
+    logits = cuda.key_logits(q, held.keys, ids, dim**-0.5)
+    expected = torch.einsum("grd,gsd->grs", q.double(), rows_of(held, ids)[0]) * dim**-0.5
+    _near([logits], [expected], ("logits",))
+
+
+@pytest.mark.parametrize(("rows", "count"), [(1, 1), (4, 1000), (9, 33), (2, 0)])
+def test_rank_tokens(cuda, rows, count):
+    coarse = 8 * torch.randn(3, rows, count, generator=_rng(15))
+    raw_lse = 8 * torch.randn(3, rows, generator=_rng(16))
+    raw_lse[1] = -torch.inf
+    total = torch.logaddexp(torch.logsumexp(coarse.double(), -1), raw_lse.double())
+    expected = (coarse.double() - total.unsqueeze(-1)).exp().sum(1)
+    rank = cuda.rank_tokens(coarse, raw_lse)
+    assert rank.shape == expected.shape
+    assert ((rank - expected).abs() <= 1e-5 * expected).all()
+
+
+@pytest.mark.parametrize(("blocks", "block_size"), [(1, 16), (9, 32), (40, 64)])
+def test_unread_mass(cuda, blocks, block_size):
+    """Some heads have read everything, some nothing."""
+    rng = _rng(17)
+    coarse = 10 * torch.randn(4, 3, blocks, block_size, generator=rng)
+    radius, spread = 5 * torch.rand(4, 3, blocks, generator=rng), torch.rand(4, 3, blocks, generator=rng)
+    read = torch.rand(4, blocks * block_size, generator=rng) < 0.5
+    read[1], read[2] = True, False
+    found = cuda.unread_mass(reference.TokenScores(coarse, radius, spread), read)
+    for mass, extra in zip(found, (spread, radius), strict=True):
+        logits = (coarse + extra.unsqueeze(-1)).double().flatten(2).masked_fill(read.unsqueeze(1), -torch.inf)
+        torch.testing.assert_close(mass.double(), torch.logsumexp(logits, -1), rtol=1e-6, atol=1e-5)
+
+
 @pytest.mark.parametrize("best", [0, 1, 7, 512, 1023, 1500])
 @pytest.mark.parametrize("kind", ["normal", "shares", "few values", "signs", "equal"])
 def test_select_topk(cuda, kind, best):

@@ -18,6 +18,12 @@ constexpr int kWarps = 4;  // of a thread block; each works on blocks of its own
 // Floats of workspace that attend_blocks and attend_tokens need for `rows` rows (of all KV heads) and `splits` parts.
 constexpr int64_t attend_workspace(int64_t rows, int64_t value_dim, int64_t splits) { return splits * rows * (value_dim + 1); }
 
+// Blocks [count, G, B, channels] of raw numbers whose rows follow each other: the bytes from one block, and one KV head, to the next.
+struct Blocks {
+  const void* x;
+  int64_t block_bytes, head_bytes;
+};
+
 extern "C" {
 
 // Matrices x [matrices, rows, cols] to codes; per_channel: scale, zero [matrices, cols], else [matrices, rows].
@@ -31,7 +37,7 @@ int pikv_cuda_dequantize_block(const uint8_t* high, const uint8_t* low, const ui
 
 // Encodes k [count, G, B, D] and v [count, G, B, E] of one dtype into the pool's blocks ids [count]; every plane that keys and
 // values have is written, raw ones as copies.
-int pikv_cuda_append(const void* k, const void* v, Dtype dtype, const Keys* keys, const Values* values, const int64_t* ids,
+int pikv_cuda_append(const Blocks* k, const Blocks* v, Dtype dtype, const Keys* keys, const Values* values, const int64_t* ids,
                      int64_t count, void* stream);
 
 // Attention of q [G, R, D] over blocks ids [count]; key_positions [count, B] and query_positions [R] may be null. The work is
@@ -39,6 +45,18 @@ int pikv_cuda_append(const void* k, const void* v, Dtype dtype, const Keys* keys
 int pikv_cuda_attend_blocks(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const Values* values,
                             const int64_t* ids, int64_t count, const int64_t* key_positions, const int64_t* query_positions,
                             int splits, float* workspace, float* out, float* lse, void* stream);
+
+// The same for several requests, each over its own blocks: q [requests, G, R, D]; request i has ids[first_blocks[i],
+// first_blocks[i + 1]). out [requests, G, R, E], lse [requests, G, R].
+int pikv_cuda_attend_ragged(const float* q, int64_t requests, int64_t rows, float softmax_scale, const Keys* keys,
+                            const Values* values, const int64_t* ids, const int64_t* first_blocks, int splits, float* workspace,
+                            float* out, float* lse, void* stream);
+
+// The same over raw keys [G, S, D] and values [G, S, E] outside pools, S the block_size that keys and values say, KV heads
+// `head_rows` rows apart; key_positions [S] and query_positions [R] may be null.
+int pikv_cuda_attend_at(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const Values* values,
+                        int64_t head_rows, const int64_t* key_positions, const int64_t* query_positions, int splits,
+                        float* workspace, float* out, float* lse, void* stream);
 
 // The same over single tokens ids, offsets [G, count]; read [G, count] may be null.
 int pikv_cuda_attend_tokens(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const Values* values,
@@ -54,6 +72,10 @@ int pikv_cuda_merge_partials(const float* outs, const float* lses, int64_t parts
 int pikv_cuda_score_tokens(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const int64_t* ids, bool per_head,
                            int64_t count, float* coarse, float* radius, float* spread, void* stream);
 
+// Logits of blocks ids [count] from whole keys: logits [G, R, count * B].
+int pikv_cuda_key_logits(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const int64_t* ids, int64_t count,
+                         float* logits, void* stream);
+
 // What bounds say of blocks ids [count]: bound, centre, spread [G, R, count]. Of keys: scale, zero, the bits, groups, dim.
 int pikv_cuda_score_blocks(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const int64_t* ids,
                            int64_t count, float* bound, float* centre, float* spread, void* stream);
@@ -61,6 +83,21 @@ int pikv_cuda_score_blocks(const float* q, int64_t rows, float softmax_scale, co
 // Attention that tokens of blocks ids [count] receive, given lse [G, R]: importance [count, B].
 int pikv_cuda_token_importance(const float* q, const float* lse, int64_t rows, float softmax_scale, const Keys* keys,
                                const int64_t* ids, int64_t count, float* importance, void* stream);
+
+// The same for raw keys [G, S, D] outside pools (see attend_at), whose newest query_tokens are the queries' own; rows are heads
+// times query_tokens: importance [S].
+int pikv_cuda_window_importance(const float* q, const float* lse, int64_t rows, float softmax_scale, const Keys* keys,
+                                int64_t head_rows, int64_t query_tokens, float* importance, void* stream);
+
+// A token's share of the softmax over coarse [G, R, count] and what raw_lse [G, R] stands for, summed over rows: rank
+// [G, count]. workspace: G * R floats.
+int pikv_cuda_rank_tokens(const float* coarse, const float* raw_lse, int64_t groups, int64_t rows, int64_t count,
+                          float* workspace, float* rank, void* stream);
+
+// Log-sum-exp over tokens that are not read [G, blocks * B] of coarse [G, R, blocks, B] plus spread, and plus radius
+// [G, R, blocks]: by_spread, by_radius [G, R].
+int pikv_cuda_unread_mass(const float* coarse, const float* spread, const float* radius, const bool* read, int64_t groups,
+                          int64_t rows, int64_t blocks, int64_t block_size, float* by_spread, float* by_radius, void* stream);
 
 // The `best` largest of scores [G, count] (no NaN) per KV head, the first of equals: indices [G, best], ascending.
 int pikv_cuda_select_topk(const float* scores, int64_t groups, int64_t count, int64_t best, int64_t* indices, void* stream);
