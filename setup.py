@@ -21,6 +21,9 @@ from setuptools.errors import BaseError, CompileError, LinkError
 
 SOURCES = [
     "csrc/bindings.cpp",
+    "csrc/ops/attend.cpp",
+    "csrc/ops/quantize.cpp",
+    "csrc/ops/score.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/kernels_avx2.cpp",
     "csrc/cpu/kernels_avx512.cpp",
@@ -143,18 +146,14 @@ def extension() -> dict[str, object]:
     ops = Extension(
         "pikv_megatron._ops",
         SOURCES,
-        include_dirs=["csrc/include", "csrc/cpu", *include_paths()],
+        include_dirs=["csrc", "csrc/include", "csrc/cpu", *include_paths()],
         library_dirs=library_paths(),
         libraries=["c10", "torch_cpu", "torch"],
         define_macros=MACROS,
         extra_compile_args={"cxx": FLAGS},  # type: ignore[arg-type] - BuildExtension's form
         language="c++",
         py_limited_api=True,
-        depends=[
-            "csrc/include/pikv/arguments.h",
-            "csrc/include/pikv/kernels.h",
-            *sorted(glob.glob("csrc/cpu/*.inl")),
-        ],
+        depends=sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/cpu/*.inl")),
     )
     return {
         "ext_modules": [ops, *cuda_extension(torch.version.cuda is not None)],

@@ -109,7 +109,7 @@ def _read_top_k(
     coarse = joined.coarse.flatten(2)
     total = sum(len(source.block_ids) * source.block_size for source in sources)
     count = min(count_of(config.read_fraction, total), coarse.shape[-1])
-    index = rank(coarse, raw_lse).topk(count, dim=-1).indices
+    index = ops.select_topk(ops.rank_tokens(coarse, raw_lse), count)
 
     partials, first = [], 0
     for source, found in zip(sources, kept, strict=True):
@@ -121,53 +121,25 @@ def _read_top_k(
         partials.append(ops.attend_tokens(q, source.keys, source.values, block_ids, offsets, softmax_scale, here))
         first = last
 
-    unread = torch.ones_like(coarse[:, 0], dtype=torch.bool).scatter_(1, index, False)
-    estimate, certificate = _missed(joined, sources[0].keys, unread, _rest(kept), _read_lse(partials, raw_lse))
+    read = torch.zeros_like(coarse[:, 0], dtype=torch.bool).scatter_(1, index, True)
+    estimate, certificate = _missed(*expect(joined, sources[0].keys), read, _rest(kept), _read_lse(partials, raw_lse))
     return Reading(partials, estimate, certificate, _constant(count, q), scores if whole else None)
 
 
 def _read_mass(
     q: Tensor, sources: list[Source], raw_lse: Tensor, config: AttentionConfig, softmax_scale: float
 ) -> Reading:
-    """Tokens in rank order until no query head of the group misses more than epsilon.
-
-    What has been read is known exactly; what has not is taken at its expected or at its largest possible mass. The
-    same set is found by reading token after token; here all are computed and the rest is masked, so that nothing
-    waits for the device.
-    """
+    """Tokens in rank order until no query head of the group misses more than epsilon, see ops.reference.attend_mass."""
     scores = [ops.score_tokens(q, s.keys, s.block_ids, softmax_scale) for s in sources]
-    logits = [ops.key_logits(q, s.keys, s.block_ids, softmax_scale) for s in sources]
-    joined = _join(scores)
-    coarse = joined.coarse.flatten(2)
-    expected, largest = unread_logits(joined, sources[0].keys)
-    unread = largest if config.epsilon_by == "certificate" else expected
-    if_unread, if_read = unread.flatten(2), torch.cat(logits, -1)
-    order = rank(coarse, raw_lse).sort(dim=-1, descending=True).indices
-    index = order.unsqueeze(1).expand_as(coarse)
-    top = torch.maximum(torch.maximum(if_unread.amax(-1), if_read.amax(-1)), raw_lse).unsqueeze(-1)
-    unread_mass = (if_unread - top).gather(-1, index).double().exp_()
-    read_mass = (if_read - top).gather(-1, index).double().exp_()
-    after = unread_mass.flip(-1).cumsum_(-1).flip(-1)  # missed if reading stops before this token
-    before = read_mass.cumsum(-1) - read_mass + (raw_lse.unsqueeze(-1) - top).double().exp_()
-    needed = (after >= config.epsilon * (after + before)).any(1)  # where both vanish beside `top`, read on
-    read = torch.zeros_like(needed).scatter_(1, order, needed)
-
-    parts = zip(sources, logits, read.split([x.shape[-1] for x in logits], dim=-1), strict=True)
-    partials = [ops.attend_masked(x, mine, source.values, source.block_ids) for source, x, mine in parts]
+    stored = [(s.keys, s.values, s.block_ids) for s in sources]
+    unread = [expect(s, source.keys) for s, source in zip(scores, sources, strict=True)]
+    slope = None if config.epsilon_by == "certificate" else unread[0][1]
+    partials, read = ops.attend_mass(q, stored, [s for s, _ in unread], slope, raw_lse, config.epsilon, softmax_scale)
     nothing = torch.full_like(raw_lse, -math.inf)
-    estimate, certificate = _missed(joined, sources[0].keys, ~read, [nothing, nothing], _read_lse(partials, raw_lse))
+    estimate, certificate = _missed(
+        _join([s for s, _ in unread]), unread[0][1], read, [nothing, nothing], _read_lse(partials, raw_lse)
+    )
     return Reading(partials, estimate, certificate, read.sum(-1), scores)
-
-
-def rank(coarse: Tensor, raw_lse: Tensor) -> Tensor:
-    """A token's expected attention summed over the query heads of its group: [G, tokens].
-
-    Args:
-        coarse: [G, R, tokens] logits from the high plane. raw_lse: [G, R] log-sum-exp of the raw tokens' logits, so
-            that a head that looks at its window has little say in what is read.
-    """
-    total = torch.logaddexp(torch.logsumexp(coarse, -1), raw_lse)
-    return (coarse - total.unsqueeze(-1)).exp_().sum(1)
 
 
 def _constant(tokens: int, q: Tensor) -> Tensor:
@@ -217,25 +189,22 @@ def _read_lse(partials: list[ops.Partial], raw_lse: Tensor) -> Tensor:
     return torch.logsumexp(torch.stack([raw_lse, *(p.lse for p in partials)]), 0)
 
 
-def unread_logits(scores: ops.TokenScores, keys: ops.Keys) -> tuple[Tensor, Tensor]:
-    """Logits of tokens of which the high plane alone is known, each [G, R, blocks, B]: expected (log E[exp(logit)]) and
-    largest, which none exceeds.
+def expect(scores: ops.TokenScores, keys: ops.Keys) -> tuple[ops.TokenScores, float]:
+    """What is expected of a token whose high plane alone is known: log E[exp(logit)] = slope * coarse + spread.
 
     The plane's end levels stand for values further in, and channels are not flat: a token is expected nearer to its
     block's mean than the plane says, and to vary less. Both count where reading stops by the estimate.
+
+    Returns: the scores with a spread that says so, and slope.
     """
     slope, variance = PLANE_ERROR[keys.raw is not None, keys.hi_bits, keys.lo_bits]
-    inwards = (1 - slope) * scores.coarse.mean(-1) + variance * scores.spread
-    largest = scores.coarse + scores.radius.unsqueeze(-1)
-    return torch.minimum(slope * scores.coarse + inwards.unsqueeze(-1), largest), largest
+    return scores._replace(spread=variance * scores.spread + (1 - slope) * scores.coarse.mean(-1)), slope
 
 
 def _missed(
-    scores: ops.TokenScores, keys: ops.Keys, unread: Tensor, rest: list[Tensor], read_lse: Tensor
-) -> list[Tensor]:
-    """Softmax share of what was not read, expected and largest: unread [G, tokens] bool, rest and read_lse [G, R]."""
-    shares = []
-    for all_logits, rest_lse in zip(unread_logits(scores, keys), rest, strict=True):
-        logits = all_logits.flatten(2).masked_fill(~unread.unsqueeze(1), -math.inf)
-        shares.append(torch.sigmoid(torch.logaddexp(torch.logsumexp(logits, -1), rest_lse) - read_lse))
-    return shares
+    scores: ops.TokenScores, slope: float, read: Tensor, rest: list[Tensor], read_lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Softmax share of what was not read, expected and largest: read [G, tokens] bool, rest and read_lse [G, R]."""
+    unread = ops.unread_mass(scores, slope, read)
+    expected, largest = (torch.sigmoid(torch.logaddexp(x, y) - read_lse) for x, y in zip(unread, rest, strict=True))
+    return torch.minimum(expected, largest), largest

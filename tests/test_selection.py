@@ -308,7 +308,7 @@ def test_several_tiers_give_the_same_as_one(codec, name):
     together = ops.merge_partials(two.partials)
     for mine, theirs in ((merged, together), (one[1:4], two[1:4])):
         for a, b in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=3e-6)
 
 
 def test_a_tier_where_nothing_is_chosen():

@@ -68,14 +68,13 @@ void weigh_values(Tile& tile, const Tokens& tokens, int64_t width, const float* 
 #endif
 }
 
-// Takes tokens into the partial of NR rows. The tile holds the scales of the values, where they are codes.
+// Takes tokens, whose logits are in the tile's weights [NR, padded(count)], into the partial of NR rows. The tile holds the
+// scales of the values, where they are codes.
 template <int NR>
-void absorb(const float* q, int64_t q_stride, Tile& tile, const Tokens& tokens, const int64_t* query_positions,
-            Partial partial) {
+void absorb_logits(Tile& tile, const Tokens& tokens, const int64_t* query_positions, Partial partial) {
   const int64_t width = padded(tokens.count);
   float* weights = tile.weights.data();
   float fade[NR], zero[NR], most[NR];
-  logits_of<NR>(q, q_stride, tile, tokens, weights, width);
   for (int r = 0; r < NR; ++r) {
     float* row = weights + r * width;
     fade[r] = 1.0f, zero[r] = most[r] = 0.0f;
@@ -109,20 +108,25 @@ void absorb(const float* q, int64_t q_stride, Tile& tile, const Tokens& tokens, 
   weigh_values<NR>(tile, tokens, width, most, fade, zero, partial.out);
 }
 
+// Calls f for four rows at a time: f<NR>(first).
+template <class F>
+inline void by_rows(int64_t rows, F f) {
+  for (int64_t r = 0; r < rows; r += 4) switch (rows - r) {
+      case 1: f.template operator()<1>(r); break;
+      case 2: f.template operator()<2>(r); break;
+      case 3: f.template operator()<3>(r); break;
+      default: f.template operator()<4>(r);
+    }
+}
+
 void absorb_rows(const float* q, int64_t rows, Tile& tile, const Tokens& tokens, const int64_t* query_positions,
                  Partial partial) {
   const int64_t q_stride = padded(tokens.keys.dim), value_dim = tokens.values.dim;
-  for (int64_t r = 0; r < rows; r += 4) {
-    const Partial here{partial.out + r * value_dim, partial.high + r, partial.total + r};
-    const float* at = q + r * q_stride;
-    const int64_t* positions = query_positions ? query_positions + r : nullptr;
-    switch (rows - r) {
-      case 1: absorb<1>(at, q_stride, tile, tokens, positions, here); break;
-      case 2: absorb<2>(at, q_stride, tile, tokens, positions, here); break;
-      case 3: absorb<3>(at, q_stride, tile, tokens, positions, here); break;
-      default: absorb<4>(at, q_stride, tile, tokens, positions, here);
-    }
-  }
+  by_rows(rows, [&]<int NR>(int64_t r) {
+    logits_of<NR>(q + r * q_stride, q_stride, tile, tokens, tile.weights.data(), padded(tokens.count));
+    absorb_logits<NR>(tile, tokens, query_positions ? query_positions + r : nullptr,
+                      {partial.out + r * value_dim, partial.high + r, partial.total + r});
+  });
 }
 
 // Names the memory of one head of a block as what to fetch next.
@@ -166,69 +170,98 @@ class OutOrder {
   bool swapped_ = false;
 };
 
+// Readies the keys of a block's head: null where its codes are read in place, else where its floats are.
+const float* ready_keys(const Keys& keys, int64_t id, int64_t head, Tile& tile) {
+  const int64_t dim = keys.dim, tokens = keys.block_size, row = (id * keys.groups + head) * tokens;
+  if (keys.raw && keys.dtype == Dtype::kFloat32 && padded(dim) == dim && padded(tokens) == tokens)  // whole vectors already
+    return static_cast<const float*>(keys.raw) + row * dim;
+  if (!keys.raw) {
+    key_scales(keys, id, head, tile);
+    if (codes_in_place(keys)) return nullptr;
+  }
+  for (int64_t t = 0; t < tokens; ++t)
+    key_row(keys, row + t, tile.k_scale.data(), tile.k_zero.data(), tile.k.data() + t * padded(dim));
+  return tile.k.data();
+}
+
+const float* ready_values(const Values& values, int64_t row, int64_t tokens, Tile& tile) {
+  const int64_t dim = values.dim;
+  if (values.raw && values.dtype == Dtype::kFloat32 && padded(dim) == dim)
+    return static_cast<const float*>(values.raw) + row * dim;
+  if (codes_in_place(values)) {
+    to_float(values.scale, Dtype::kFloat16, row, tokens, tile.v_scale.data());
+    to_float(values.zero, Dtype::kFloat16, row, tokens, tile.v_zero.data());
+    return nullptr;
+  }
+  for (int64_t t = 0; t < tokens; ++t)
+    value_row(values, row + t, tile.v.data() + t * padded(dim), tile.v_scale[t], tile.v_zero[t]);
+  return tile.v.data();
+}
+
 void attend_blocks(const float* q, int64_t rows, const Keys& keys, const Values& values, const int64_t* ids,
                    int64_t count, const int64_t* key_positions, const int64_t* query_positions, Partial partial) {
-  const int64_t tokens = keys.block_size, dim = keys.dim, value_dim = values.dim, groups = keys.groups;
-  Tile& tile = scratch(tokens, dim, value_dim);
+  const int64_t tokens = keys.block_size, groups = keys.groups;
+  Tile& tile = scratch(tokens, keys.dim, values.dim);
   Ahead ahead;
-  // Rows that are whole vectors of float32 already are read where they lie, and so are codes where the kernels can.
-  const bool raw_keys_in_place = keys.raw && keys.dtype == Dtype::kFloat32 && padded(dim) == dim && padded(tokens) == tokens;
-  const bool raw_values_in_place = values.raw && values.dtype == Dtype::kFloat32 && padded(value_dim) == value_dim;
-  const bool key_codes_in_place = !keys.raw && codes_in_place(keys), value_codes_in_place = codes_in_place(values);
   const OutOrder order(values, partial.out, groups * rows);
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < count; ++i)
     for (int64_t head = 0; head < groups; ++head) {
       const bool last_head = head + 1 == groups;
       if (!last_head || i + 1 < count) fetch_ahead(keys, values, ids[i + last_head], last_head ? 0 : head + 1, ahead);
       const int64_t row = (ids[i] * groups + head) * tokens;
-      if (!keys.raw) key_scales(keys, ids[i], head, tile);
-      const float *k = tile.k.data(), *v = tile.v.data();
-      if (raw_keys_in_place) {
-        k = static_cast<const float*>(keys.raw) + row * dim;
-      } else if (key_codes_in_place) {
-        k = nullptr;
-      } else {
-        for (int64_t t = 0; t < tokens; ++t)
-          key_row(keys, row + t, tile.k_scale.data(), tile.k_zero.data(), tile.k.data() + t * padded(dim));
-      }
-      if (raw_values_in_place) {
-        v = static_cast<const float*>(values.raw) + row * value_dim;
-      } else if (value_codes_in_place) {
-        v = nullptr;
-        to_float(values.scale, Dtype::kFloat16, row, tokens, tile.v_scale.data());
-        to_float(values.zero, Dtype::kFloat16, row, tokens, tile.v_zero.data());
-      } else {
-        for (int64_t t = 0; t < tokens; ++t)
-          value_row(values, row + t, tile.v.data() + t * padded(value_dim), tile.v_scale[t], tile.v_zero[t]);
-      }
-      const Partial here{partial.out + head * rows * value_dim, partial.high + head * rows, partial.total + head * rows};
+      const float* k = ready_keys(keys, ids[i], head, tile);
+      const float* v = ready_values(values, row, tokens, tile);
       const Tokens block{k, v, keys, values, row, tokens, key_positions ? key_positions + i * tokens : nullptr, &ahead};
-      absorb_rows(q + head * rows * padded(dim), rows, tile, block, query_positions, here);
+      absorb_rows(q + head * rows * padded(keys.dim), rows, tile, block, query_positions,
+                  {partial.out + head * rows * values.dim, partial.high + head * rows, partial.total + head * rows});
     }
+}
+
+constexpr int64_t kTokens = 64;  // single tokens that are taken in at a time
+
+// Zeros behind `held` single tokens, whatever an earlier round left there.
+void clear_behind(Tile& tile, int64_t held, int64_t dim) {
+  for (int64_t t = held; t < padded(held); ++t) {
+    std::memset(tile.k.data() + t * padded(dim), 0, padded(dim) * sizeof(float));
+    tile.v_scale[t] = tile.v_zero[t] = 0.0f;
   }
 }
 
 void attend_tokens(const float* q, int64_t rows, const Keys& keys, const Values& values, const int64_t* ids,
                    const int64_t* offsets, const bool* read, int64_t count, int64_t head, Partial partial) {
-  constexpr int64_t kTokens = 64;
   const int64_t dim = keys.dim, value_dim = values.dim;
   Tile& tile = scratch(kTokens, dim, value_dim);
-  int64_t held = 0;
+  int64_t held = 0, block = -1;
   auto flush = [&] {
-    for (int64_t t = held; t < padded(held); ++t) {  // whatever an earlier round left there
-      std::memset(tile.k.data() + t * padded(dim), 0, padded(dim) * sizeof(float));
-      tile.v_scale[t] = tile.v_zero[t] = 0.0f;
-    }
+    clear_behind(tile, held, dim);
     absorb_rows(q, rows, tile, {tile.k.data(), tile.v.data(), keys, values, 0, held, nullptr, nullptr}, nullptr, partial);
     held = 0;
   };
   for (int64_t i = 0; i < count; ++i) {
     if (read && !read[i]) continue;
     const int64_t row = (ids[i] * keys.groups + head) * keys.block_size + offsets[i];
-    if (!keys.raw) key_scales(keys, ids[i], head, tile);
+    if (!keys.raw && ids[i] != block) key_scales(keys, block = ids[i], head, tile);
     key_row(keys, row, tile.k_scale.data(), tile.k_zero.data(), tile.k.data() + held * padded(dim));
     value_row(values, row, tile.v.data() + held * padded(value_dim), tile.v_scale[held], tile.v_zero[held]);
     if (++held == kTokens) flush();
   }
   if (held) flush();
+}
+
+// A run of raw tokens as one block of one head: k [tokens, D], v [tokens, E].
+void attend_raw(const float* q, int64_t rows, const Keys& keys, const Values& values, const int64_t* key_positions,
+                const int64_t* query_positions, Partial partial) {
+  const int64_t count = keys.block_size;
+  Tile& tile = scratch(kTokens, keys.dim, values.dim);
+  for (int64_t first = 0; first < count; first += kTokens) {
+    const int64_t here = std::min(kTokens, count - first);
+    for (int64_t t = 0; t < here; ++t) {
+      key_row(keys, first + t, nullptr, nullptr, tile.k.data() + t * padded(keys.dim));
+      value_row(values, first + t, tile.v.data() + t * padded(values.dim), tile.v_scale[t], tile.v_zero[t]);
+    }
+    clear_behind(tile, here, keys.dim);
+    const int64_t* positions = key_positions ? key_positions + first : nullptr;
+    absorb_rows(q, rows, tile, {tile.k.data(), tile.v.data(), keys, values, 0, here, positions, nullptr}, query_positions,
+                partial);
+  }
 }

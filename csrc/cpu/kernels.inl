@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #if PIKV_WIDTH > 1
@@ -31,9 +32,12 @@ inline bool codes_in_place(const Values&) { return false; }
 #endif
 #include "attend.inl"
 #include "scores.inl"
+#include "select.inl"
 
-const CpuKernels kTable{PIKV_NAME,     quantize,     dequantize,  attend_blocks,
-                        attend_tokens, score_tokens, score_blocks};
+const CpuKernels kTable{
+    PIKV_NAME,    quantize,   dequantize,       attend_blocks, attend_tokens, attend_raw,  attend_mass,
+    score_tokens, score_blocks, key_logits,     token_importance, window_importance, rank_tokens, select_topk, unread_mass,
+};
 
 }  // namespace
 

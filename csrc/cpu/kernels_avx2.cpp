@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")

@@ -67,12 +67,9 @@ void score_tokens(const float* q, int64_t rows, const Keys& keys, const int64_t*
         spread[(first + r) * stride + i] = half_variance < farthest ? half_variance : farthest;  // no error exceeds it
       }
       float* logits = tile.weights.data();
-      switch (here) {
-        case 1: coarse_logits<1>(tile, keys, row, in_place, offset, most, logits, width, &ahead); break;
-        case 2: coarse_logits<2>(tile, keys, row, in_place, offset, most, logits, width, &ahead); break;
-        case 3: coarse_logits<3>(tile, keys, row, in_place, offset, most, logits, width, &ahead); break;
-        default: coarse_logits<4>(tile, keys, row, in_place, offset, most, logits, width, &ahead);
-      }
+      by_rows(here, [&]<int NR>(int64_t) {
+        coarse_logits<NR>(tile, keys, row, in_place, offset, most, logits, width, &ahead);
+      });
       for (int64_t r = 0; r < here; ++r) {
         float* out = coarse + ((first + r) * stride + i) * tokens;
         std::memcpy(out, logits + r * width, tokens * sizeof(float));
@@ -104,5 +101,68 @@ void score_blocks(const float* q, int64_t rows, const Keys& keys, const int64_t*
       bound[r * stride + i] = centre[r * stride + i] + sum(reach);
       spread[r * stride + i] = sum(square) / 6;
     }
+  }
+}
+
+// ---- logits themselves
+
+// Calls take(row, logits [block_size]) for every query row and the whole keys of one block's head.
+template <class Take>
+void each_logit_row(const float* q, int64_t rows, const Keys& keys, int64_t id, int64_t head, Tile& tile, Take take) {
+  const int64_t tokens = keys.block_size, q_stride = padded(keys.dim), width = padded(tokens);
+  const Values none{};
+  const float* k = ready_keys(keys, id, head, tile);
+  const Tokens block{k, nullptr, keys, none, (id * keys.groups + head) * tokens, tokens, nullptr, nullptr};
+  by_rows(rows, [&]<int NR>(int64_t first) {
+    logits_of<NR>(q + first * q_stride, q_stride, tile, block, tile.weights.data(), width);
+    for (int r = 0; r < NR; ++r) take(first + r, tile.weights.data() + r * width);
+  });
+}
+
+void key_logits(const float* q, int64_t rows, const Keys& keys, const int64_t* ids, int64_t count, int64_t head,
+                float* logits, int64_t stride) {
+  const int64_t tokens = keys.block_size;
+  Tile& tile = scratch(tokens, keys.dim, 1);
+  for (int64_t i = 0; i < count; ++i)
+    each_logit_row(q, rows, keys, ids[i], head, tile, [&](int64_t r, const float* from) {
+      std::memcpy(logits + r * stride + i * tokens, from, tokens * sizeof(float));
+    });
+}
+
+// sums [count] += e^(logits - lse), for a row; what lies behind in either is not touched.
+inline void add_weights(const float* logits, float lse, int64_t count, float* sums) {
+  int64_t t = 0;
+  for (; t + W <= count; t += W) store(sums + t, load(sums + t) + exp_negative(load(logits + t) - splat(lse)));
+  for (; t < count; ++t) sums[t] += std::exp(logits[t] - lse);
+}
+
+void token_importance(const float* q, int64_t rows, const float* lse, const Keys& keys, const int64_t* ids, int64_t count,
+                      float* importance) {
+  const int64_t tokens = keys.block_size;
+  Tile& tile = scratch(tokens, keys.dim, 1);
+  std::fill(importance, importance + count * tokens, 0.0f);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t head = 0; head < keys.groups; ++head)
+      each_logit_row(q + head * rows * padded(keys.dim), rows, keys, ids[i], head, tile, [&](int64_t r, const float* from) {
+        add_weights(from, lse[head * rows + r], tokens, importance + i * tokens);
+      });
+}
+
+// Of raw tokens of one head, the newest query_tokens of them the queries' own; rows are heads times query tokens.
+void window_importance(const float* q, int64_t rows, const float* lse, const Keys& keys, int64_t query_tokens,
+                       float* importance) {
+  const int64_t count = keys.block_size, q_stride = padded(keys.dim);
+  Tile& tile = scratch(kTokens, keys.dim, 1);
+  for (int64_t first = 0; first < count; first += kTokens) {
+    const int64_t here = std::min(kTokens, count - first), width = padded(here);
+    for (int64_t t = 0; t < here; ++t) key_row(keys, first + t, nullptr, nullptr, tile.k.data() + t * q_stride);
+    clear_behind(tile, here, keys.dim);
+    by_rows(rows, [&]<int NR>(int64_t r) {
+      dots<NR>(q + r * q_stride, q_stride, tile.k.data(), width, q_stride, tile.weights.data(), width, nullptr);
+      for (int j = 0; j < NR; ++j) {
+        const int64_t seen = count - query_tokens + (r + j) % query_tokens + 1 - first;
+        if (seen > 0) add_weights(tile.weights.data() + j * width, lse[r + j], std::min(here, seen), importance + first);
+      }
+    });
   }
 }

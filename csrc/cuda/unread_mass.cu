@@ -6,7 +6,7 @@ namespace pikv::cuda {
 
 // Grid: rows of all KV heads.
 __global__ void __launch_bounds__(kThreads)
-    unread_mass_kernel(const float* coarse, const float* spread, const float* radius, const bool* read, int64_t rows,
+    unread_mass_kernel(const float* coarse, float slope, const float* spread, const float* radius, const bool* read, int64_t rows,
                        int64_t blocks, int64_t block_size, float* by_spread, float* by_radius) {
   PIKV_DYNAMIC_SHARED(shared);
   const int64_t row = blockIdx.x, count = blocks * block_size;
@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = threadIdx.x; i < count; i += kThreads) {
     if (is_read[i]) continue;
     const float logit = coarse[row * count + i];
-    expected.add(logit + spread[row * blocks + i / block_size]);
+    expected.add(slope * logit + spread[row * blocks + i / block_size]);
     largest.add(logit + radius[row * blocks + i / block_size]);
   }
   expected = sum_of_block(expected, reinterpret_cast<LogSum*>(shared));
@@ -23,12 +23,12 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) by_spread[row] = expected.log(), by_radius[row] = largest.log();
 }
 
-extern "C" int pikv_cuda_unread_mass(const float* coarse, const float* spread, const float* radius, const bool* read,
+extern "C" int pikv_cuda_unread_mass(const float* coarse, float slope, const float* spread, const float* radius, const bool* read,
                                      int64_t groups, int64_t rows, int64_t blocks, int64_t block_size, float* by_spread,
                                      float* by_radius, void* stream) {
   if (groups == 0 || rows == 0) return cudaSuccess;
   return launch(unread_mass_kernel, dim3(static_cast<unsigned>(groups * rows)), kThreads, kWarps * sizeof(LogSum),
-                static_cast<cudaStream_t>(stream), coarse, spread, radius, read, rows, blocks, block_size, by_spread, by_radius);
+                static_cast<cudaStream_t>(stream), coarse, slope, spread, radius, read, rows, blocks, block_size, by_spread, by_radius);
 }
 
 }  // namespace pikv::cuda

@@ -66,15 +66,21 @@ def _resolve(name: str) -> Callable[..., Any]:
     return getattr(reference, name) if compiled is None else compiled
 
 
+append = _resolve("append")
+prefetch = _resolve("prefetch")
 quantize_block = _resolve("quantize_block")
 dequantize_block = _resolve("dequantize_block")
 block_bounds = _resolve("block_bounds")
 score_blocks = _resolve("score_blocks")
 score_tokens = _resolve("score_tokens")
+rank_tokens = _resolve("rank_tokens")
+select_topk = _resolve("select_topk")
+unread_mass = _resolve("unread_mass")
 attend_blocks = _resolve("attend_blocks")
 attend_tokens = _resolve("attend_tokens")
 key_logits = _resolve("key_logits")
-attend_masked = _resolve("attend_masked")
+attend_ragged = _resolve("attend_ragged")
+attend_mass = _resolve("attend_mass")
 attend_window = _resolve("attend_window")
 attend_at = _resolve("attend_at")
 merge_partials = _resolve("merge_partials")
@@ -87,9 +93,11 @@ __all__ = [
     "Partial",
     "TokenScores",
     "Values",
+    "append",
     "attend_at",
     "attend_blocks",
-    "attend_masked",
+    "attend_mass",
+    "attend_ragged",
     "attend_tokens",
     "attend_window",
     "backend",
@@ -98,10 +106,14 @@ __all__ = [
     "kernel_set",
     "key_logits",
     "merge_partials",
+    "prefetch",
     "quantize_block",
+    "rank_tokens",
     "score_blocks",
     "score_tokens",
+    "select_topk",
     "token_importance",
+    "unread_mass",
     "use_kernels",
     "window_importance",
 ]

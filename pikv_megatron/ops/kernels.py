@@ -5,15 +5,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pikv_megatron.ops import reference
 from pikv_megatron.ops.reference import BlockScores, Keys, Partial, TokenScores, Values
 
-OUT_OPS = ("quantize_block", "dequantize_block", "score_blocks", "score_tokens", "attend_blocks", "attend_tokens")
+OUT_OPS = (
+    "quantize_block",
+    "dequantize_block",
+    "append",
+    "attend_blocks",
+    "attend_ragged",
+    "attend_tokens",
+    "attend_mass",
+    "attend_at",
+    "merge_partials",
+    "score_blocks",
+    "score_tokens",
+    "key_logits",
+    "token_importance",
+    "window_importance",
+    "rank_tokens",
+    "select_topk",
+    "unread_mass",
+)
+
+MOST_WINDOW_TOKENS = 16
+"""Query tokens up to which attend_window is our kernel; a prompt's many go to torch's fused attention."""
 
 
 def register_fakes() -> None:
     """For tensors without memory (meta, fake): the ops write into what they are given, so there is nothing to do."""
-    for name in OUT_OPS:
-        torch.library.register_fake(f"pikv::{name}_out", lambda *args: None)
+    for name in (*(f"{op}_out" for op in OUT_OPS), "prefetch"):
+        torch.library.register_fake(f"pikv::{name}", lambda *args: None)
 
 
 def quantize_block(
@@ -88,8 +110,8 @@ def _value_dim(values: Values) -> int:
     return values.codes.shape[3] * 8 // values.bits
 
 
-def _empty_partial(q: Tensor, values: Values) -> Partial:
-    return Partial(q.new_empty(*q.shape[:2], _value_dim(values)), q.new_empty(q.shape[:2]))
+def _empty_partial(q: Tensor, value_dim: int) -> Partial:
+    return Partial(q.new_empty(*q.shape[:-1], value_dim), q.new_empty(q.shape[:-1]))
 
 
 def attend_blocks(
@@ -103,7 +125,7 @@ def attend_blocks(
 ) -> Partial:
     """See reference.attend_blocks."""
     q = q.float().contiguous()
-    partial = _empty_partial(q, values)
+    partial = _empty_partial(q, _value_dim(values))
     torch.ops.pikv.attend_blocks_out(
         q, *_flat(keys), *_flat(values), block_ids, softmax_scale, key_positions, query_positions, *partial
     )
@@ -122,6 +144,154 @@ def attend_tokens(
     """See reference.attend_tokens."""
     q, block_ids, offsets = q.float().contiguous(), block_ids.contiguous(), offsets.contiguous()
     read = None if read is None else read.contiguous()
-    partial = _empty_partial(q, values)
+    partial = _empty_partial(q, _value_dim(values))
     torch.ops.pikv.attend_tokens_out(q, *_flat(keys), *_flat(values), block_ids, offsets, softmax_scale, read, *partial)
     return partial
+
+
+def append(keys: Keys, values: Values, block_ids: Tensor, new_k: Tensor, new_v: Tensor) -> None:
+    """See reference.append."""
+    torch.ops.pikv.append_out(_rows(new_k), _rows(new_v), block_ids, *keys, *values)
+
+
+def prefetch(field: Tensor, block_ids: Tensor) -> None:
+    """See reference.prefetch."""
+    torch.ops.pikv.prefetch(field, block_ids)
+
+
+def attend_ragged(
+    q: Tensor, keys: Keys, values: Values, block_ids: Tensor, first_blocks: Tensor, softmax_scale: float
+) -> Partial:
+    """See reference.attend_ragged."""
+    q = q.float().contiguous()
+    partial = _empty_partial(q, _value_dim(values))
+    torch.ops.pikv.attend_ragged_out(q, *_flat(keys), *_flat(values), block_ids, first_blocks, softmax_scale, *partial)
+    return partial
+
+
+def attend_mass(
+    q: Tensor,
+    stored: list[tuple[Keys, Values, Tensor]],
+    scores: list[TokenScores],
+    slope: float | None,
+    raw_lse: Tensor,
+    epsilon: float,
+    softmax_scale: float,
+) -> tuple[list[Partial], Tensor]:
+    """See reference.attend_mass, which also serves several pools. Here little is read beyond what is needed."""
+    if len(stored) > 1:
+        return reference.attend_mass(q, stored, scores, slope, raw_lse, epsilon, softmax_scale)
+    ((keys, values, block_ids),), (score,) = stored, scores
+    q = q.float().contiguous()
+    partial = _empty_partial(q, _value_dim(values))
+    coarse, extra = score.coarse.contiguous(), (score.radius if slope is None else score.spread).contiguous()
+    read = torch.empty(q.shape[0], coarse[0, 0].numel(), dtype=torch.bool)
+    torch.ops.pikv.attend_mass_out(
+        q,
+        *_flat(keys),
+        *_flat(values),
+        block_ids,
+        coarse,
+        1.0 if slope is None else slope,
+        extra,
+        raw_lse.contiguous(),
+        epsilon,
+        softmax_scale,
+        *partial,
+        read,
+    )
+    return [partial], read
+
+
+def attend_window(q: Tensor, k: Tensor, v: Tensor, query_tokens: int, softmax_scale: float) -> Partial:
+    """See reference.attend_window."""
+    if query_tokens > MOST_WINDOW_TOKENS:
+        return reference.attend_window(q, k, v, query_tokens, softmax_scale)
+    if query_tokens == 1:
+        return _attend_raw(q, k, v, None, None, softmax_scale)
+    places = torch.arange(k.shape[1])
+    queries = places[-query_tokens:].repeat(q.shape[1] // query_tokens)
+    return _attend_raw(q, k, v, places, queries, softmax_scale)
+
+
+def attend_at(
+    q: Tensor, k: Tensor, v: Tensor, key_positions: Tensor, query_positions: Tensor, softmax_scale: float
+) -> Partial:
+    """See reference.attend_at."""
+    return _attend_raw(q, k, v, key_positions.contiguous(), query_positions.contiguous(), softmax_scale)
+
+
+def _attend_raw(
+    q: Tensor, k: Tensor, v: Tensor, key_positions: Tensor | None, query_positions: Tensor | None, softmax_scale: float
+) -> Partial:
+    q = q.float().contiguous()
+    partial = _empty_partial(q, v.shape[-1])
+    torch.ops.pikv.attend_at_out(q, _rows(k), _rows(v), key_positions, query_positions, softmax_scale, *partial)
+    return partial
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., tokens, channels] whose rows follow each other, as they do in a slice of a buffer."""
+    return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
+
+
+def merge_partials(partials: list[Partial]) -> Partial:
+    """See reference.merge_partials."""
+    if len(partials) == 1:
+        return partials[0]
+    outs, lses = torch.stack([p.out for p in partials]), torch.stack([p.lse for p in partials])
+    merged = Partial(torch.empty_like(outs[0]), torch.empty_like(lses[0]))
+    torch.ops.pikv.merge_partials_out(outs, lses, *merged)
+    return merged
+
+
+def key_logits(q: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float) -> Tensor:
+    """See reference.key_logits."""
+    q = q.float().contiguous()
+    held = keys.raw if keys.raw is not None else keys.high
+    assert held is not None
+    logits = q.new_empty(*q.shape[:2], block_ids.shape[0] * held.shape[2])
+    torch.ops.pikv.key_logits_out(q, *_flat(keys), block_ids, softmax_scale, logits)
+    return logits
+
+
+def token_importance(q: Tensor, lse: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float) -> Tensor:
+    """See reference.token_importance."""
+    q = q.float().contiguous()
+    held = keys.raw if keys.raw is not None else keys.high
+    assert held is not None
+    importance = q.new_empty(block_ids.shape[0], held.shape[2])
+    torch.ops.pikv.token_importance_out(q, lse.contiguous(), *_flat(keys), block_ids, softmax_scale, importance)
+    return importance
+
+
+def window_importance(q: Tensor, lse: Tensor, k: Tensor, query_tokens: int, softmax_scale: float) -> Tensor:
+    """See reference.window_importance."""
+    q = q.float().contiguous()
+    importance = q.new_empty(k.shape[1])
+    torch.ops.pikv.window_importance_out(q, lse.contiguous(), _rows(k), query_tokens, softmax_scale, importance)
+    return importance
+
+
+def rank_tokens(coarse: Tensor, raw_lse: Tensor) -> Tensor:
+    """See reference.rank_tokens."""
+    rank = coarse.new_empty(coarse.shape[0], coarse.shape[2])
+    torch.ops.pikv.rank_tokens_out(coarse.contiguous(), raw_lse.contiguous(), rank)
+    return rank
+
+
+def select_topk(scores: Tensor, count: int) -> Tensor:
+    """See reference.select_topk."""
+    if count > scores.shape[1]:
+        raise ValueError(f"count: expected at most {scores.shape[1]}, got {count}")
+    indices = torch.empty(scores.shape[0], count, dtype=torch.int64)
+    torch.ops.pikv.select_topk_out(scores.contiguous(), indices)
+    return indices
+
+
+def unread_mass(scores: TokenScores, slope: float, read: Tensor) -> tuple[Tensor, Tensor]:
+    """See reference.unread_mass."""
+    coarse, radius, spread = (t.contiguous() for t in scores)
+    by_spread, by_radius = coarse.new_empty(coarse.shape[:2]), coarse.new_empty(coarse.shape[:2])
+    torch.ops.pikv.unread_mass_out(coarse, slope, spread, radius, read.contiguous(), by_spread, by_radius)
+    return by_spread, by_radius

@@ -225,10 +225,17 @@ class Launchers:
         self._call("rank_tokens", _pointer(coarse), _pointer(raw_lse), *sizes, _pointer(workspace), _pointer(rank))
         return rank
 
-    def unread_mass(self, scores, read):
+    def unread_mass(self, scores, slope, read):
         found = tuple(torch.full(scores.coarse.shape[:2], torch.nan) for _ in range(2))
-        fields = map(_pointer, (scores.coarse, scores.spread, scores.radius, read))
-        self._call("unread_mass", *fields, *map(c_int64, scores.coarse.shape), *map(_pointer, found))
+        fields = map(_pointer, (scores.spread, scores.radius, read))
+        self._call(
+            "unread_mass",
+            _pointer(scores.coarse),
+            c_float(slope),
+            *fields,
+            *map(c_int64, scores.coarse.shape),
+            *map(_pointer, found),
+        )
         return found
 
     def select_topk(self, scores, best):

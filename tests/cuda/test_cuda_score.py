@@ -136,9 +136,9 @@ def test_unread_mass(cuda, blocks, block_size):
     radius, spread = 5 * torch.rand(4, 3, blocks, generator=rng), torch.rand(4, 3, blocks, generator=rng)
     read = torch.rand(4, blocks * block_size, generator=rng) < 0.5
     read[1], read[2] = True, False
-    found = cuda.unread_mass(reference.TokenScores(coarse, radius, spread), read)
-    for mass, extra in zip(found, (spread, radius), strict=True):
-        logits = (coarse + extra.unsqueeze(-1)).double().flatten(2).masked_fill(read.unsqueeze(1), -torch.inf)
+    found = cuda.unread_mass(reference.TokenScores(coarse, radius, spread), 0.9, read)
+    for mass, slope, extra in zip(found, (0.9, 1.0), (spread, radius), strict=True):
+        logits = (slope * coarse + extra.unsqueeze(-1)).double().flatten(2).masked_fill(read.unsqueeze(1), -torch.inf)
         torch.testing.assert_close(mass.double(), torch.logsumexp(logits, -1), rtol=1e-6, atol=1e-5)
 
 

@@ -94,10 +94,10 @@ int pikv_cuda_window_importance(const float* q, const float* lse, int64_t rows, 
 int pikv_cuda_rank_tokens(const float* coarse, const float* raw_lse, int64_t groups, int64_t rows, int64_t count,
                           float* workspace, float* rank, void* stream);
 
-// Log-sum-exp over tokens that are not read [G, blocks * B] of coarse [G, R, blocks, B] plus spread, and plus radius
-// [G, R, blocks]: by_spread, by_radius [G, R].
-int pikv_cuda_unread_mass(const float* coarse, const float* spread, const float* radius, const bool* read, int64_t groups,
-                          int64_t rows, int64_t blocks, int64_t block_size, float* by_spread, float* by_radius, void* stream);
+// Log-sum-exp over tokens that are not read [G, blocks * B] of slope * coarse [G, R, blocks, B] plus spread, and of
+// coarse plus radius [G, R, blocks]: by_spread, by_radius [G, R].
+int pikv_cuda_unread_mass(const float* coarse, float slope, const float* spread, const float* radius, const bool* read,
+                          int64_t groups, int64_t rows, int64_t blocks, int64_t block_size, float* by_spread, float* by_radius, void* stream);
 
 // The `best` largest of scores [G, count] (no NaN) per KV head, the first of equals: indices [G, best], ascending.
 int pikv_cuda_select_topk(const float* scores, int64_t groups, int64_t count, int64_t best, int64_t* indices, void* stream);

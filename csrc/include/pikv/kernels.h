@@ -69,6 +69,18 @@ struct CpuKernels {
   void (*attend_tokens)(const float* q, int64_t rows, const Keys& keys, const Values& values, const int64_t* ids,
                         const int64_t* offsets, const bool* read, int64_t count, int64_t head, Partial partial);
 
+  // Adds raw tokens of one KV head, given as one block of it, to its partial. q [R, padded(D)]; positions as above, for
+  // each token.
+  void (*attend_raw)(const float* q, int64_t rows, const Keys& keys, const Values& values, const int64_t* key_positions,
+                     const int64_t* query_positions, Partial partial);
+
+  // Adds tokens of blocks ids[0, blocks) of one KV head to its partial, the highest ranks first, until no row misses more
+  // than epsilon of its softmax. an unread token's logit is slope * coarse [R, blocks, B] + extra [R, blocks]; raw_lse [R]
+  // of what is read anyway. read [blocks, B] says which were read; returns how many.
+  int64_t (*attend_mass)(const float* q, int64_t rows, const Keys& keys, const Values& values, const int64_t* ids,
+                         int64_t blocks, int64_t head, const float* coarse, float slope, const float* extra, const float* raw_lse,
+                         double epsilon, bool* read, Partial partial);
+
   // Logits of blocks ids[0, count) of one KV head from the high plane: coarse [R, count, B], radius and spread [R, count],
   // rows `stride` blocks apart. q [R, padded(D)], softmax scale folded in.
   void (*score_tokens)(const float* q, int64_t rows, const Keys& keys, const int64_t* ids, int64_t count, int64_t head,
@@ -78,6 +90,30 @@ struct CpuKernels {
   // as above.
   void (*score_blocks)(const float* q, int64_t rows, const Keys& keys, const int64_t* ids, int64_t count, int64_t head,
                        float* bound, float* centre, float* spread, int64_t stride);
+
+  // Logits of blocks ids[0, count) of one KV head, [R, count * B] with rows `stride` apart. q as above.
+  void (*key_logits)(const float* q, int64_t rows, const Keys& keys, const int64_t* ids, int64_t count, int64_t head,
+                     float* logits, int64_t stride);
+
+  // Attention that tokens of blocks ids[0, count) receive from all heads' rows: importance [count, B]. q [G, R, padded(D)].
+  void (*token_importance)(const float* q, int64_t rows, const float* lse, const Keys& keys, const int64_t* ids,
+                           int64_t count, float* importance);
+
+  // Adds what raw tokens of one KV head, given as one block of it, receive to importance [tokens]; rows are heads times
+  // query_tokens, whose own tokens are the newest.
+  void (*window_importance)(const float* q, int64_t rows, const float* lse, const Keys& keys, int64_t query_tokens,
+                            float* importance);
+
+  // A token's share of the softmax, summed over rows: coarse [R, tokens], rows `stride` apart; raw_lse [R]; rank [tokens].
+  void (*rank_tokens)(const float* coarse, int64_t rows, int64_t tokens, int64_t stride, const float* raw_lse, float* rank);
+
+  // Where the `best` largest of `count` scores are, ascending; of equals the first.
+  void (*select_topk)(const float* scores, int64_t count, int64_t best, int64_t* indices);
+
+  // Log-sum-exp over the tokens [blocks, tokens] of one row that are not read, of slope * coarse plus the block's
+  // spread, and of coarse plus its radius.
+  void (*unread_mass)(const float* coarse, float slope, const float* spread, const float* radius, const bool* read, int64_t blocks,
+                      int64_t tokens, float* by_spread, float* by_radius);
 };
 
 const CpuKernels* scalar_kernels();

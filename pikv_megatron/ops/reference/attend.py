@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -43,8 +44,7 @@ def attend_blocks(
     groups, rows, dim = q.shape
     sample = values.raw if values.raw is not None else values.codes
     assert sample is not None
-    block_size = sample.shape[2]
-    value_dim = sample.shape[3] if values.raw is not None else sample.shape[3] * 8 // values.bits
+    block_size, value_dim = sample.shape[2], _value_dim(values)
     per_chunk = max(1, CHUNK_BYTES // (4 * groups * block_size * max(dim, rows)))
     high = q.new_full((groups, rows), -math.inf)
     total = q.new_zeros(groups, rows)
@@ -63,6 +63,34 @@ def attend_blocks(
         out = out.mul_(fade.unsqueeze(-1)).add_(torch.matmul(weights, decode_values(values, ids)).sum(0))
         high = new_high
     return _finish(out, total, high)
+
+
+def attend_ragged(
+    q: Tensor, keys: Keys, values: Values, block_ids: Tensor, first_blocks: Tensor, softmax_scale: float
+) -> Partial:
+    """Attention of several requests at once, each over its own run of whole blocks.
+
+    Args:
+        q: [requests, G, R, D]. block_ids: [n], the requests' blocks one after another.
+        first_blocks: [requests + 1], where each request's run begins, and n; a run may be empty.
+
+    Returns:
+        out [requests, G, R, E], lse [requests, G, R]; a request without blocks has out 0 and lse -inf.
+    """
+    value_dim = _value_dim(values)
+    out, lse = q.new_zeros(*q.shape[:3], value_dim, dtype=torch.float32), q.new_full(q.shape[:3], -math.inf).float()
+    ends = first_blocks.tolist()
+    for i, (first, last) in enumerate(itertools.pairwise(ends)):
+        if first < last:
+            out[i], lse[i] = attend_blocks(q[i], keys, values, block_ids[first:last], softmax_scale)
+    return Partial(out, lse)
+
+
+def _value_dim(values: Values) -> int:
+    if values.raw is not None:
+        return values.raw.shape[3]
+    assert values.codes is not None
+    return values.codes.shape[3] * 8 // values.bits
 
 
 def _finish(out: Tensor, total: Tensor, high: Tensor) -> Partial:

@@ -159,3 +159,30 @@ def gather_tokens(keys: Keys, values: Values, block_ids: Tensor, offsets: Tensor
     return k, dequantize_block(
         at(values.codes), None, at(values.scale), at(values.zero), values.bits, 0, per_channel=False
     )
+
+
+def append(keys: Keys, values: Values, block_ids: Tensor, new_k: Tensor, new_v: Tensor) -> None:
+    """Encodes new blocks and writes them to the blocks block_ids [n] of a pool, into every field that it has.
+
+    Args:
+        keys, values: the pool's fields, written to. new_k: [n, G, B, D]. new_v: [n, G, B, E]. Where the pool holds raw
+            keys or values, of the pool's dtype.
+    """
+    if keys.raw is not None:
+        keys.raw.index_copy_(0, block_ids, new_k)
+    if keys.high is not None:
+        planes = quantize_block(new_k, keys.hi_bits, keys.lo_bits, per_channel=True)
+        for field, new in zip(keys[1:5], planes, strict=True):
+            if field is not None and new is not None:
+                field.index_copy_(0, block_ids, new)
+    if values.raw is not None:
+        values.raw.index_copy_(0, block_ids, new_v)
+    if values.codes is not None:
+        codes, _, scale, zero = quantize_block(new_v, values.bits, 0, per_channel=False)
+        for field, new in zip(values[1:4], (codes, scale, zero), strict=True):
+            assert field is not None
+            field.index_copy_(0, block_ids, new)
+
+
+def prefetch(field: Tensor, block_ids: Tensor) -> None:
+    """Asks for rows block_ids [n] of a pool's field [blocks, ...] to be brought near the processor; a hint only."""

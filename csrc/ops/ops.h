@@ -1,0 +1,114 @@
+// The CPU ops behind torch.ops.pikv.*: what csrc/bindings.cpp registers, and what they share. Every op checks its arguments,
+// splits the work over threads and calls the kernels; it writes into tensors that it is given and allocates only scratch.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "pikv/arguments.h"
+
+namespace pikv {
+
+#define PIKV_KEY_ARGUMENTS                                                                                       \
+  const MaybeTensor &k, const MaybeTensor &k_high, const MaybeTensor &k_low, const MaybeTensor &k_scale,         \
+      const MaybeTensor &k_zero, int64_t hi_bits, int64_t lo_bits
+#define PIKV_VALUE_ARGUMENTS                                                                                     \
+  const MaybeTensor &v, const MaybeTensor &v_codes, const MaybeTensor &v_scale, const MaybeTensor &v_zero, int64_t v_bits
+
+std::string use_kernels(std::string name);
+
+void quantize_block(const Tensor& x, int64_t hi_bits, int64_t lo_bits, bool per_channel, Tensor high, MaybeTensor low,
+                    Tensor scale, Tensor zero);
+void dequantize_block(const Tensor& high, const MaybeTensor& low, const Tensor& scale, const Tensor& zero, int64_t hi_bits,
+                      int64_t lo_bits, bool per_channel, Tensor y);
+void append(const Tensor& new_k, const Tensor& new_v, const Tensor& block_ids, MaybeTensor k, MaybeTensor k_high,
+            MaybeTensor k_low, MaybeTensor k_scale, MaybeTensor k_zero, int64_t hi_bits, int64_t lo_bits, MaybeTensor v,
+            MaybeTensor v_codes, MaybeTensor v_scale, MaybeTensor v_zero, int64_t v_bits);
+void prefetch(const Tensor& field, const Tensor& block_ids);
+
+void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids, double softmax_scale,
+                   const MaybeTensor& key_positions, const MaybeTensor& query_positions, Tensor out, Tensor lse);
+void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
+                   const Tensor& first_blocks, double softmax_scale, Tensor out, Tensor lse);
+void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids, const Tensor& offsets,
+                   double softmax_scale, const MaybeTensor& read, Tensor out, Tensor lse);
+void attend_mass(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids, const Tensor& coarse,
+                 double slope, const Tensor& extra, const Tensor& raw_lse, double epsilon, double softmax_scale, Tensor out, Tensor lse,
+                 Tensor read);
+void attend_at(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& key_positions,
+               const MaybeTensor& query_positions, double softmax_scale, Tensor out, Tensor lse);
+void merge_partials(const Tensor& outs, const Tensor& lses, Tensor out, Tensor lse);
+
+void score_tokens(const Tensor& q, const MaybeTensor& k, const Tensor& k_high, const Tensor& k_scale, const Tensor& k_zero,
+                  int64_t hi_bits, int64_t lo_bits, const Tensor& block_ids, double softmax_scale, Tensor coarse,
+                  Tensor radius, Tensor spread);
+void score_blocks(const Tensor& q, const Tensor& k_scale, const Tensor& k_zero, int64_t bits, const Tensor& block_ids,
+                  double softmax_scale, Tensor bound, Tensor centre, Tensor spread);
+void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, const Tensor& block_ids, double softmax_scale, Tensor logits);
+void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, const Tensor& block_ids, double softmax_scale,
+                      Tensor importance);
+void window_importance(const Tensor& q, const Tensor& lse, const Tensor& k, int64_t query_tokens, double softmax_scale,
+                       Tensor importance);
+void rank_tokens(const Tensor& coarse, const Tensor& raw_lse, Tensor rank);
+void select_topk(const Tensor& scores, Tensor indices);
+void unread_mass(const Tensor& coarse, double slope, const Tensor& spread, const Tensor& radius, const Tensor& read, Tensor by_spread,
+                 Tensor by_radius);
+
+// ---- shared
+
+// The set of kernels that runs.
+const CpuKernels& kernels();
+
+// q [..., G, R, D] float32 as rows of padded(D), times `factor`.
+inline std::vector<float> padded_queries(const Tensor& q, float factor) {
+  const int64_t last = q.dim() - 1;
+  STD_TORCH_CHECK(last >= 2, "q: expected [..., groups, rows, channels]");
+  check("q", q, ScalarType::Float, std::vector<int64_t>(last + 1, -1));
+  const int64_t dim = q.size(last), rows = dim ? q.numel() / dim : 0, stride = padded(dim);
+  std::vector<float> out(rows * stride, 0.0f);
+  const float* from = data<float>(q);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t d = 0; d < dim; ++d) out[r * stride + d] = from[r * dim + d] * factor;
+  return out;
+}
+
+inline void check_ids(const char* name, const int64_t* ids, int64_t count, int64_t blocks) {
+  for (int64_t i = 0; i < count; ++i)
+    STD_TORCH_CHECK(ids[i] >= 0 && ids[i] < blocks, name, ": expected 0 .. ", blocks - 1, ", got ", ids[i]);
+}
+
+// Raw tokens [G, tokens, channels] whose rows follow each other, one head at a time.
+struct RawRows {
+  const char* base;
+  Dtype dtype;
+  int64_t tokens, dim, head_bytes;
+
+  RawRows(const char* name, const Tensor& x, int64_t groups, int64_t channels) : dtype(dtype_of(name, x)), dim(channels) {
+    STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == groups && x.size(2) == channels, name, ": expected [", groups, ", tokens, ",
+                    channels, "]");
+    STD_TORCH_CHECK(x.stride(2) == 1 && x.stride(1) == channels, name, ": expected rows that follow each other");
+    base = static_cast<const char*>(x.const_data_ptr());
+    tokens = x.size(1);
+    head_bytes = x.stride(0) * (dtype == Dtype::kFloat32 ? 4 : 2);
+  }
+  const char* of(int64_t head) const { return base + head * head_bytes; }
+  Keys keys(int64_t head) const {  // one block of one head
+    Keys keys{};
+    keys.raw = of(head), keys.dtype = dtype, keys.groups = 1, keys.block_size = tokens, keys.dim = dim;
+    return keys;
+  }
+};
+
+// How many blocks the pool of these fields has.
+inline int64_t blocks_of(const MaybeTensor& raw, const MaybeTensor& codes) { return (raw ? *raw : *codes).size(0); }
+
+inline int64_t pieces_for(int64_t work, int64_t least) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return std::max<int64_t>(1, std::min(work / least, threads == 1 ? 1 : 4 * threads));
+}
+
+}  // namespace pikv
