@@ -6,6 +6,7 @@ tokens read everything.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ class Attention:
         scale, config = self._model.scale, self._runtime.attention
         sealed = [table for table in state.tables if len(table)]
         sources = [self._source(table) for table in sealed]
-        if self._runtime.sinks < state.sealed_end and state.length - tokens < state.sealed_end:
+        if state.newest_is_sealed(self._runtime.sinks, tokens):
             return Attended(self._attend_by_position(state, rows, tokens, sealed, sources), None)
         raw = state.window.read()
         window = ops.attend_window(rows, raw.k, raw.v, tokens, scale)
@@ -60,6 +61,26 @@ class Attention:
             lse = merged.lse if reading is None else self._full_lse(rows, window, merged, sources, reading)
             self._add_importance(state, rows, tokens, lse, raw.k, sealed, sources, reading and reading.scores)
         return Attended(merged, None if reading is None else (reading.estimate, reading.certificate))
+
+    def attend_each(self, states: list[LayerState], rows: Tensor) -> ops.Partial:
+        """Attention of one decode token of each of several requests, rows [requests, G, R, D], over everything they
+        hold, in mode exact without a budget: the sealed blocks of all of them by one op.
+        """
+        scale, raw = self._model.scale, [state.window.read() for state in states]
+        windows = [ops.attend_window(q, r.k, r.v, 1, scale) for q, r in zip(rows, raw, strict=True)]
+        window = ops.Partial(*(torch.stack(part) for part in zip(*windows, strict=True)))
+        tables = [state.tables[0] for state in states]
+        pool = tables[0].pool
+        first_blocks = torch.tensor([0, *itertools.accumulate(map(len, tables))]).to(rows.device)
+        sealed = ops.attend_ragged(
+            rows,
+            self._compressor.keys(pool.fields),
+            self._compressor.values(pool.fields),
+            torch.cat([table.tensor for table in tables]),
+            first_blocks,
+            scale,
+        )
+        return ops.merge_partials([window, sealed])
 
     def _source(self, table: BlockTable) -> Source:
         fields, ids = resident(table.pool, table.tensor, self._runtime.torch_device)

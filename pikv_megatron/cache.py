@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,36 +21,12 @@ from pikv_megatron.compressor import LARGEST, Compressor
 from pikv_megatron.expert_cache import ExpertKVCache
 from pikv_megatron.layout import gather_decoded, group_rows, ungroup
 from pikv_megatron.metrics import ReadMeter, cache_stats
+from pikv_megatron.results import AttendResult, Retrieved
 from pikv_megatron.sealing import LayerState, Sealer
 from pikv_megatron.sharding.placement import Placement
 from pikv_megatron.streamer import Streamer
 from pikv_megatron.tiers import build_tiers, capacity_tokens
 from pikv_megatron.window import LayerWindow, WindowBuffer, raw_positions
-
-
-class Retrieved(NamedTuple):
-    """Decoded tokens in position order: k [tokens, num_query_groups, head_dim], v with v_head_dim, positions [tokens]
-    int64.
-    """
-
-    k: Tensor
-    v: Tensor
-    positions: Tensor
-
-
-class AttendResult(NamedTuple):
-    """Attention of some query tokens.
-
-    out: [tokens, num_attention_heads, v_head_dim] in q's dtype. lse: [tokens, num_attention_heads] float32, over what
-    was read. missed_estimate, missed_certificate: [tokens, num_attention_heads] float32, the share of each head's
-    softmax, over what the cache stores, that was not read: expected, and never exceeded. Zero where everything was
-    read. The output is off by at most 2 * missed * max|v|.
-    """
-
-    out: Tensor
-    lse: Tensor
-    missed_estimate: Tensor
-    missed_certificate: Tensor
 
 
 @dataclass
@@ -135,8 +111,32 @@ class PiKVCache:
         state.length += tokens
         self._inherit_labels(request, state, tokens)
 
-    def check_room(self, tokens: Mapping[int, int]) -> None:
-        """Checks that a step fits: that these numbers of tokens per request can be appended to every layer.
+    @keeps_tensors
+    def append_each(
+        self, layer_id: int, k: Tensor, v: Tensor, request_ids: Sequence[int], starts: Sequence[int] | None = None
+    ) -> None:
+        """`append` of one token to each of several live requests: k [requests, num_query_groups, head_dim], v likewise.
+
+        Raises: as `append`. Nothing has changed then.
+        """
+        checks.check_layer(layer_id, self.model)
+        tokens = checks.check_kv(k, v, self.model, self.runtime, self.compressor.largest)
+        requests = self._each(request_ids, tokens)
+        states = [request.layers[layer_id] for request in requests]
+        if starts is not None:
+            for state, start in zip(states, starts, strict=True):
+                checks.check_start(start, state.length, state.request_id, layer_id)
+        self.check_room(dict.fromkeys(request_ids, 1), [layer_id])
+        for state in states:
+            self._sealer.make_room(state, 1)
+        self._windows[layer_id].append_each([state.window for state in states], k, v)
+        for request, state in zip(requests, states, strict=True):
+            state.length += 1
+            self._inherit_labels(request, state, 1)
+
+    def check_room(self, tokens: Mapping[int, int], layer_ids: Sequence[int] | None = None) -> None:
+        """Checks that a step fits: that these numbers of tokens per request can be appended to every layer (or to
+        `layer_ids`).
 
         A model's forward appends layer by layer; asked before the first one, a step that does not fit is refused whole.
 
@@ -146,13 +146,15 @@ class PiKVCache:
         new = [request_id for request_id in tokens if request_id not in self._requests]
         if len(new) > len(self._free_slots):
             raise self._no_slot(new)
+        layers = range(self.model.num_layers) if layer_ids is None else layer_ids
         needed = [0] * len(self.tiers)
         for request_id, count in tokens.items():
             request = self._requests.get(request_id)
-            for layer_id in range(self.model.num_layers):
+            for layer_id in layers:
                 state = None if request is None else request.layers[layer_id]
                 needed = [a + b for a, b in zip(needed, self._sealer.needed(layer_id, state, count), strict=True)]
-        self._sealer.check_room(needed, f"{sum(tokens.values())} tokens of {len(tokens)} requests in every layer")
+        where = "in every layer" if layer_ids is None else f"in layer {', '.join(map(str, layer_ids))}"
+        self._sealer.check_room(needed, f"{sum(tokens.values())} tokens of {len(tokens)} requests {where}")
 
     @keeps_tensors
     def update(
@@ -205,6 +207,11 @@ class PiKVCache:
         self._label(state, expert_ids, weights)
         self._sealer.seal(state)
 
+    def observe_each(self, layer_id: int, expert_ids: Tensor, weights: Tensor, request_ids: Sequence[int]) -> None:
+        """`observe_routing` of the newest token of each of several requests: expert_ids, weights [requests, topk]."""
+        for i, request_id in enumerate(request_ids):
+            self.observe_routing(layer_id, expert_ids[i : i + 1], weights[i : i + 1], request_id)
+
     def release(self, request_id: int) -> None:
         """Ends a request and frees its memory. Raises UnknownRequestError where it is not live."""
         request = self._request(request_id)
@@ -239,10 +246,7 @@ class PiKVCache:
         tokens = checks.check_tensor(
             "q", q, (model.num_attention_heads, model.head_dim), model.torch_dtype, self.runtime.torch_device
         )
-        if tokens > state.length:
-            raise ValueError(
-                f"q: request {request_id}, layer {layer_id} has {state.length} tokens, got queries of {tokens}"
-            )
+        checks.check_queries(tokens, state.length, request_id, layer_id)
         checks.check_finite("q", q, self.runtime, min(torch.finfo(q.dtype).max, LARGEST))
         merged, missed = self._attention.attend(state, group_rows(q, model.num_query_groups), tokens)
         out, lse = ungroup(merged.out, tokens), ungroup(merged.lse, tokens)
@@ -253,6 +257,33 @@ class PiKVCache:
         if model.label_source(layer_id) != layer_id:
             self._sealer.seal(state)  # a dense layer has its labels already
         return AttendResult(out.to(q.dtype), lse, estimate, certificate)
+
+    @keeps_tensors
+    def attend_each(self, layer_id: int, q: Tensor, request_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """`attend` of the newest token of each of several requests: q [requests, num_attention_heads, head_dim].
+
+        Returns:
+            out [requests, num_attention_heads, v_head_dim] in q's dtype; lse [requests, num_attention_heads] float32.
+        """
+        model, runtime = self.model, self.runtime
+        checks.check_layer(layer_id, model)
+        tail = (model.num_attention_heads, model.head_dim)
+        tokens = checks.check_tensor("q", q, tail, model.torch_dtype, runtime.torch_device)
+        states = [request.layers[layer_id] for request in self._each(request_ids, tokens)]
+        for request_id, state in zip(request_ids, states, strict=True):
+            checks.check_queries(1, state.length, request_id, layer_id)
+        checks.check_finite("q", q, runtime, min(torch.finfo(q.dtype).max, LARGEST))
+        whole = runtime.attention.mode == "exact" and runtime.budget.policy == "none"
+        if not whole or any(state.newest_is_sealed(runtime.sinks) for state in states):
+            parts = [self.attend(layer_id, q[i : i + 1], request_id) for i, request_id in enumerate(request_ids)]
+            out, lse = (torch.cat(part) for part in zip(*parts, strict=True))
+            return out, lse
+        rows = q.unflatten(1, (model.num_query_groups, model.heads_per_group))
+        merged = self._attention.attend_each(states, rows)
+        if model.label_source(layer_id) != layer_id:
+            for state in states:
+                self._sealer.seal(state)
+        return merged.out.flatten(1, 2).to(q.dtype), merged.lse.flatten(1, 2)
 
     def retrieve(self, layer_id: int, request_id: int = 0) -> Retrieved:
         """Every token that a layer holds of a request, decoded, in position order."""
@@ -334,6 +365,12 @@ class PiKVCache:
         if request_id not in self._requests:
             raise checks.UnknownRequestError(f"request {request_id} does not exist; live requests: {self.requests()}")
         return self._requests[request_id]
+
+    def _each(self, request_ids: Sequence[int], tokens: int) -> list[_Request]:
+        """Distinct live requests, one per token."""
+        if len(request_ids) != tokens or len(set(request_ids)) != tokens:
+            raise ValueError(f"request_ids: expected {tokens} different ones, one per token, got {list(request_ids)}")
+        return [self._request(request_id) for request_id in request_ids]
 
     def _state(self, layer_id: int, request_id: int) -> tuple[_Request, LayerState]:
         checks.check_layer(layer_id, self.model)

@@ -94,6 +94,12 @@ def check_start(start: int | None, length: int, request_id: int, layer_id: int) 
         )
 
 
+def check_queries(tokens: int, length: int, request_id: int, layer_id: int) -> None:
+    """Checks that queries are of tokens that the layer has."""
+    if tokens > length:
+        raise ValueError(f"q: request {request_id}, layer {layer_id} has {length} tokens, got queries of {tokens}")
+
+
 def first_position(token_id: int | Sequence[int] | Tensor, tokens: int) -> int:
     """The first of `tokens` consecutive positions, given as an int (one token) or a sequence of them."""
     if isinstance(token_id, int) and not isinstance(token_id, bool):

@@ -36,6 +36,10 @@ class LayerState:
     reserved: list[list[int]] = field(default_factory=list)
     """Blocks per tier for the next seal; always as many as `overflow` will seal, less what a budget drops."""
 
+    def newest_is_sealed(self, sinks: int, tokens: int = 1) -> bool:
+        """Whether some of the newest `tokens` tokens are in blocks already."""
+        return sinks < self.sealed_end and self.length - tokens < self.sealed_end
+
 
 @dataclass(frozen=True)
 class _Blocks:

@@ -94,6 +94,19 @@ class WindowBuffer:
         named = {"k": self.k, "v": self.v, "expert_ids": self.expert_ids, "weights": self.weights}
         return named if self.importance is None else {**named, "importance": self.importance}
 
+    def append_each(self, windows: list[LayerWindow], k: Tensor, v: Tensor) -> None:
+        """Adds one token to each of different windows of this buffer, as LayerWindow.append does to one: k, v [windows,
+        num_query_groups, channels].
+        """
+        places = torch.tensor([(w.index, w.take_place()) for w in windows]).to(k.device)
+        slots, at = places.unbind(1)
+        self.k[slots, :, at] = k
+        self.v[slots, :, at] = v
+        self.expert_ids[slots, at] = 0
+        self.weights[slots, at] = 0.0
+        if self.importance is not None:
+            self.importance[slots, at] = 0.0
+
     def slot(self, index: int) -> RawTokens:
         importance = None if self.importance is None else self.importance[index]
         return RawTokens(self.k[index], self.v[index], self.expert_ids[index], self.weights[index], importance)
@@ -103,7 +116,7 @@ class LayerWindow:
     """One request's raw tokens in one layer. `tokens` counts them, waiting ones included."""
 
     def __init__(self, buffer: WindowBuffer, slot: int, sinks: int) -> None:
-        self._slot = buffer.slot(slot)
+        self.index, self._slot = slot, buffer.slot(slot)
         self._capacity, self._sinks = buffer.capacity, sinks
         self._in_buffer = 0
         self._waiting: RawTokens | None = None
@@ -116,6 +129,12 @@ class LayerWindow:
     def waiting_bytes(self) -> int:
         """Bytes of a prompt chunk that waits to be sealed."""
         return 0 if self._waiting is None else sum(t.untyped_storage().nbytes() for t in self._waiting if t is not None)
+
+    def take_place(self) -> int:
+        """Where in the buffer the next token goes, which is then taken; nothing may be waiting."""
+        assert self._waiting is None and self._in_buffer < self._capacity
+        self._in_buffer += 1
+        return self._in_buffer - 1
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Adds k, v [tokens, num_query_groups, channels]; nothing may be waiting. Expert 0, weight 0 for now."""

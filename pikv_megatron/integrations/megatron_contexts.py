@@ -35,6 +35,29 @@ class Segment:
     index: tuple[slice, int]
 
 
+@dataclass(frozen=True)
+class Singles:
+    """One token of each of several requests within a step's tensors, at `index`: positions in sequence and batch."""
+
+    request_ids: list[int]
+    starts: list[int]
+    index: tuple[list[int], list[int]]
+
+
+def _split(segments: Sequence[Segment], sequence: int) -> tuple[Singles, list[Segment]]:
+    """The segments of one token each of live requests, to be served together where there are several; the others."""
+    single: list[Segment] = []
+    longer: list[Segment] = []
+    for segment in segments:
+        one = segment.start > 0 and len(range(*segment.index[0].indices(sequence))) == 1
+        (single if one else longer).append(segment)
+    if len(single) == 1:
+        single, longer = [], list(segments)
+    places = [range(*s.index[0].indices(sequence))[0] for s in single]
+    index = places, [s.index[1] for s in single]
+    return Singles([s.request_id for s in single], [s.start for s in single], index), longer
+
+
 class DispatchListener(Protocol):
     """Told, per MoE layer of a step, when its token dispatch (all-to-all or all-gather) starts and has ended."""
 
@@ -87,10 +110,15 @@ class PiKVContext:
         segments = self.segments(sequence, batch)
         if layer_id == 0:  # a step that does not fit is refused before any layer has taken its tokens
             self.cache.check_room({segment.request_id: query[segment.index].shape[0] for segment in segments})
-        for segment in segments:
+        single, longer = _split(segments, query.shape[0])
+        for segment in longer:
             rows, request_id = segment.index, segment.request_id
             self.cache.append(layer_id, key[rows], value[rows], request_id, segment.start)
             out[rows] = self.cache.attend(layer_id, query[rows], request_id)[0]
+        if single.request_ids:
+            at = single.index
+            self.cache.append_each(layer_id, key[at], value[at], single.request_ids, single.starts)
+            out[at] = self.cache.attend_each(layer_id, query[at], single.request_ids)[0]
         return out
 
     def observe(self, layer_id: int, expert_ids: Tensor, weights: Tensor) -> None:
@@ -111,9 +139,12 @@ class PiKVContext:
                 "PiKV needs the same tokens in both on every rank"
             )
         expert_ids, weights = (x.view(sequence, batch, -1) for x in (expert_ids, weights))
-        for segment in self.segments(sequence, batch):
+        single, longer = _split(self.segments(sequence, batch), sequence)
+        for segment in longer:
             rows = segment.index
             self.cache.observe_routing(layer_id, expert_ids[rows], weights[rows], segment.request_id)
+        if single.request_ids:
+            self.cache.observe_each(layer_id, expert_ids[single.index], weights[single.index], single.request_ids)
 
     def release_all(self) -> None:
         """Forgets every request."""
