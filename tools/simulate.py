@@ -88,7 +88,7 @@ def build(
     """A shared library or executable of .cu and .cpp sources and the simulator; BuildError if one does not compile."""
     units = [
         *((path, SANITIZE[sanitizer] if path.suffix == ".cu" else []) for path in sources),
-        *((path, RUNTIME_MACROS[sanitizer]) for path in sorted(RUNTIME.glob("*.cpp"))),
+        *((path, ["-O2", *RUNTIME_MACROS[sanitizer]]) for path in sorted(RUNTIME.glob("*.cpp"))),
     ]
     with ThreadPoolExecutor(COMPILERS) as pool:
         groups = pool.map(lambda unit: _objects(unit[0], unit[1], simulator), units)

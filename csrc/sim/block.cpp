@@ -48,7 +48,7 @@ Block::Block(const Launch& launch, uint3 index, Fibers& fibers, Chance& chance)
     threads_.push_back(std::make_unique<Thread>(fibers.at(i), i, uint3{x, rest % launch.block.y, rest / launch.block.y}));
   }
   open_.resize((threads_.size() + kLanes - 1) / kLanes);
-  in_flight_.resize(launch.shared_bytes);
+  in_flight_.resize(launch.shared_bytes / kWord + 1);
   barrier_ = std::make_shared<Meeting>(Operation::kBarrier, 0u, Site{"", 0});
 }
 
@@ -204,7 +204,7 @@ void Block::copy_async(void* to, const void* from, int bytes) {
   }
   const Unwatched books;
   current_->copies.push_back(copy);
-  std::fill_n(in_flight_.begin() + (copy.to - shared.begin()), bytes, true);
+  mark(copy, true);
   forbid(to, static_cast<size_t>(bytes));
 }
 
@@ -219,11 +219,16 @@ void Block::copy_async_wait(unsigned pending) {
 void Block::arrive(const Copy& copy) {
   allow(copy.to, static_cast<size_t>(copy.bytes));
   std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
-  std::fill_n(in_flight_.begin() + (copy.to - shared.begin()), copy.bytes, false);
+  mark(copy, false);
+}
+
+void Block::mark(const Copy& copy, bool in_flight) {
+  const size_t first = static_cast<size_t>(copy.to - shared.begin()) / kWord, count = static_cast<size_t>(copy.bytes) / kWord;
+  for (size_t i = first; i < first + count; ++i) in_flight_[i] = in_flight;
 }
 
 void Block::memory_access(uint64_t address, int bytes, const char* what) {
-  if (address % static_cast<unsigned>(bytes)) fail(std::string(what) + " of " + std::to_string(bytes) + " bytes is misaligned");
+  if (address & static_cast<unsigned>(bytes - 1)) fail(std::string(what) + " of " + std::to_string(bytes) + " bytes is misaligned");
   if (!chance_.on()) return;
   if (current_->until_yield == 0) {
     current_->until_yield = 1 + chance_.below(64);
@@ -242,8 +247,8 @@ unsigned char* Block::shared_access(uint64_t offset, int bytes, const char* what
   const auto place = [&] { return std::string(what) + " of " + std::to_string(bytes) + " bytes at byte " + std::to_string(offset); };
   if (offset > shared.bytes() || static_cast<size_t>(bytes) > shared.bytes() - offset)
     fail(place() + " is outside shared memory, which has " + std::to_string(shared.bytes()) + " bytes");
-  const auto first = in_flight_.begin() + static_cast<ptrdiff_t>(offset);
-  if (std::find(first, first + bytes, true) != first + bytes) fail(place() + " of shared memory, which cp.async has not filled yet");
+  for (size_t i = offset / kWord; i * kWord < offset + static_cast<size_t>(bytes); ++i)
+    if (in_flight_[i]) fail(place() + " of shared memory, which cp.async has not filled yet");
   return shared.begin() + offset;
 }
 

@@ -13,6 +13,7 @@
 namespace pikv::sim {
 
 constexpr int kLanes = 32;
+constexpr size_t kWord = 4;  // bytes: no copy is smaller
 
 // Chance as the seed has it; seed 0 has none.
 class Chance {
@@ -87,6 +88,7 @@ class Block {
   void suspend(State state);
   void memory_access(uint64_t address, int bytes, const char* what);
   void arrive(const Copy& copy);
+  void mark(const Copy& copy, bool in_flight);
   std::string stuck() const;
   std::string where(const Thread& thread) const;
 
@@ -94,7 +96,7 @@ class Block {
   std::vector<std::unique_ptr<Thread>> threads_;
   std::vector<std::vector<std::shared_ptr<Meeting>>> open_;  // warp operations that wait for lanes, by warp
   std::shared_ptr<Meeting> barrier_;                         // that the next thread to come waits at
-  std::vector<bool> in_flight_;                              // bytes of shared memory that a copy has yet to fill
+  std::vector<char> in_flight_;                              // words of shared memory that a copy has yet to fill
   Thread* current_ = nullptr;
   std::string error_;
 };
