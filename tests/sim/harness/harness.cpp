@@ -87,6 +87,16 @@ StoredKeys::StoredKeys(int64_t groups, int64_t block_size, int64_t dim, int hi_b
   keys.high = high.data(), keys.low = lo_bits ? low.data() : nullptr, keys.scale = scale.data(), keys.zero = zero.data();
 }
 
+std::vector<float> StoredKeys::decoded(int64_t matrix) const {
+  const int64_t size = keys.block_size * keys.dim;
+  if (keys.raw) return {raw.begin() + matrix * size, raw.begin() + (matrix + 1) * size};
+  std::vector<float> k(static_cast<size_t>(size));
+  pikv::scalar_kernels()->dequantize(keys.high + matrix * size * keys.hi_bits / 8,
+                                     keys.low ? keys.low + matrix * size * keys.lo_bits / 8 : nullptr, keys.scale + matrix * keys.dim,
+                                     keys.zero + matrix * keys.dim, keys.block_size, keys.dim, keys.hi_bits, keys.lo_bits, true, k.data());
+  return k;
+}
+
 StoredValues::StoredValues(int64_t groups, int64_t block_size, int64_t dim, int bits) : values{} {
   const int64_t rows = kBlocks * groups * block_size;
   values = {.dtype = pikv::Dtype::kFloat32, .bits = bits, .groups = groups, .block_size = block_size, .dim = dim};
@@ -107,6 +117,17 @@ std::vector<float> padded_queries(const std::vector<float>& q, int64_t rows, int
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t i = 0; i < dim; ++i) to[static_cast<size_t>(row * width + i)] = q[static_cast<size_t>(row * dim + i)] * scale;
   return to;
+}
+
+std::vector<double> products(const float* q, int64_t rows, const std::vector<float>& k, int64_t dim, float scale) {
+  std::vector<double> logits;
+  for (int64_t row = 0; row < rows; ++row)
+    for (size_t token = 0; token < k.size() / static_cast<size_t>(dim); ++token) {
+      double sum = 0;
+      for (int64_t d = 0; d < dim; ++d) sum += static_cast<double>(q[row * dim + d]) * k[token * static_cast<size_t>(dim) + static_cast<size_t>(d)];
+      logits.push_back(sum * scale);
+    }
+  return logits;
 }
 
 Softmax::Softmax(int64_t rows, int64_t dim)

@@ -45,6 +45,9 @@ struct StoredKeys {
   std::vector<uint8_t> high, low;
   std::vector<uint16_t> scale, zero;
   pikv::Keys keys;
+
+  // One KV head of a block, which are matrix block * groups + head: [block_size, dim].
+  std::vector<float> decoded(int64_t matrix) const;
 };
 
 // A pool of values, filled; bits 0: raw float32.
@@ -58,6 +61,9 @@ struct StoredValues {
 
 // q [rows, dim] times scale, rows padded as the CPU kernels want them.
 std::vector<float> padded_queries(const std::vector<float>& q, int64_t rows, int64_t dim, float scale);
+
+// Logits q [rows, dim] . k [tokens, dim] * scale, summed in double: [rows, tokens].
+std::vector<double> products(const float* q, int64_t rows, const std::vector<float>& k, int64_t dim, float scale);
 
 // Partials of the CPU kernels: begun, and divided at the end.
 struct Softmax {
