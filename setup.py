@@ -77,7 +77,7 @@ def cuda_extension(torch_has_cuda: bool) -> list[Extension]:
 
     ops = Extension(
         CUDA_OPS,
-        ["csrc/cuda/bindings.cpp"],
+        sorted(map(str, Path("csrc/cuda").glob("*.cpp"))),
         include_dirs=["csrc/include", f"{home}/include", *include_paths()],
         library_dirs=[f"{home}/lib64", *library_paths()],
         libraries=["c10", "torch_cpu", "torch", "cudart_static", "rt", "dl", "pthread"],

@@ -1,0 +1,130 @@
+// What the CUDA side of torch.ops.pikv.* shares: places and streams of tensors, stored and raw keys and values as the launchers take
+// them. csrc/cuda/bindings.cpp registers the ops that are declared here.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "pikv/arguments.h"
+#include "pikv/cuda.h"
+
+#define PIKV_KEY_ARGUMENTS                                                                                       \
+  const MaybeTensor &k, const MaybeTensor &k_high, const MaybeTensor &k_low, const MaybeTensor &k_scale,         \
+      const MaybeTensor &k_zero, int64_t hi_bits, int64_t lo_bits
+#define PIKV_VALUE_ARGUMENTS                                                                                     \
+  const MaybeTensor &v, const MaybeTensor &v_codes, const MaybeTensor &v_scale, const MaybeTensor &v_zero, int64_t v_bits
+
+namespace pikv::cuda {
+
+void quantize_block(const Tensor& x, int64_t hi_bits, int64_t lo_bits, bool per_channel, Tensor high, MaybeTensor low,
+                    Tensor scale, Tensor zero);
+void dequantize_block(const Tensor& high, const MaybeTensor& low, const Tensor& scale, const Tensor& zero, int64_t hi_bits,
+                      int64_t lo_bits, bool per_channel, Tensor y);
+void append(const Tensor& new_k, const Tensor& new_v, const Tensor& block_ids, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS);
+void prefetch(const Tensor& field, const Tensor& block_ids);
+
+void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids, double softmax_scale,
+                   const MaybeTensor& key_positions, const MaybeTensor& query_positions, Tensor out, Tensor lse);
+void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
+                   const Tensor& first_blocks, double softmax_scale, Tensor out, Tensor lse);
+void attend_at(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& key_positions,
+               const MaybeTensor& query_positions, double softmax_scale, Tensor out, Tensor lse);
+void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids, const Tensor& offsets,
+                   double softmax_scale, const MaybeTensor& read, Tensor out, Tensor lse);
+void merge_partials(const Tensor& outs, const Tensor& lses, Tensor out, Tensor lse);
+
+void score_tokens(const Tensor& q, const MaybeTensor& k, const Tensor& k_high, const Tensor& k_scale, const Tensor& k_zero,
+                  int64_t hi_bits, int64_t lo_bits, const Tensor& block_ids, double softmax_scale, Tensor coarse,
+                  Tensor radius, Tensor spread);
+void score_blocks(const Tensor& q, const Tensor& k_scale, const Tensor& k_zero, int64_t bits, const Tensor& block_ids,
+                  double softmax_scale, Tensor bound, Tensor centre, Tensor spread);
+void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, const Tensor& block_ids, double softmax_scale, Tensor logits);
+void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, const Tensor& block_ids, double softmax_scale,
+                      Tensor importance);
+void window_importance(const Tensor& q, const Tensor& lse, const Tensor& k, int64_t query_tokens, double softmax_scale,
+                       Tensor importance);
+void rank_tokens(const Tensor& coarse, const Tensor& raw_lse, Tensor rank);
+void select_topk(const Tensor& scores, Tensor indices);
+void unread_mass(const Tensor& coarse, const Tensor& spread, const Tensor& radius, const Tensor& read, Tensor by_spread,
+                 Tensor by_radius);
+
+// ---- shared
+
+using DeviceGuard = torch::stable::accelerator::DeviceGuard;
+
+inline void* current_stream(const Tensor& x) {
+  StreamHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_stream(x.get_device_index(), &handle));
+  void* stream = nullptr;
+  const auto status = torch_stream_native_handle(handle, &stream);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_delete_stream(handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(status);
+  return stream;
+}
+
+inline void check_launch(const char* op, int status) {
+  STD_TORCH_CHECK(status != cudaErrorInvalidValue, op, ": the CUDA kernels take channels in multiples of 16 up to ", kMaxDim,
+                  " and codes of int8, int4 or int2");
+  STD_TORCH_CHECK(status == cudaSuccess, op, ": ", cudaGetErrorString(static_cast<cudaError_t>(status)));
+}
+
+inline void check_place(const Tensor& first, const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == first.get_device_index(), "expected all tensors on one CUDA device");
+}
+inline void check_place(const Tensor& first, const MaybeTensor& x) {
+  if (x) check_place(first, *x);
+}
+// Checks that every tensor is on the device of the first.
+template <class... Tensors>
+void check_places(const Tensor& first, const Tensors&... others) {
+  (check_place(first, others), ...);
+}
+
+inline void check_wide(const Tensor& x) {
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0,
+                  "expected tensors that begin at a multiple of 16 bytes, as views into others may not");
+}
+inline void check_wide(const MaybeTensor& x) {
+  if (x) check_wide(*x);
+}
+// Checks that tensors are on the device of the first and begin where 16 bytes can be read at once.
+template <class... Tensors>
+void check_wide_places(const Tensor& first, const Tensors&... others) {
+  check_places(first, others...);
+  (check_wide(others), ...);
+}
+
+// Raw tokens [G, S, channels] outside pools, whose rows follow each other; rows from one KV head to the next.
+inline int64_t head_rows(const char* name, const Tensor& x, int64_t groups, int64_t channels) {
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == groups && x.size(2) == channels, name, ": expected [", groups, ", tokens, ",
+                  channels, "]");
+  STD_TORCH_CHECK(x.stride(2) == 1 && x.stride(1) == channels && x.stride(0) % channels == 0, name,
+                  ": expected rows that follow each other");
+  return x.stride(0) / channels;
+}
+
+inline Keys raw_keys(const Tensor& k) {
+  Keys keys{};
+  keys.raw = k.const_data_ptr(), keys.dtype = dtype_of("k", k);
+  keys.groups = k.size(0), keys.block_size = k.size(1), keys.dim = k.size(2);
+  return keys;
+}
+
+// The stored keys of q's KV heads, of a pool on q's device.
+inline Keys stored_keys(const Tensor& q, PIKV_KEY_ARGUMENTS) {
+  check_wide_places(q, k, k_high, k_low, k_scale, k_zero);
+  return KeyArguments{k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits}.view(q.size(q.dim() - 3), q.size(q.dim() - 1));
+}
+#define PIKV_STORED_KEYS(q) stored_keys(q, k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits)
+
+template <class T>
+const T* data(const MaybeTensor& x) {
+  return x ? pikv::data<T>(*x) : nullptr;
+}
+using pikv::data;
+
+}  // namespace pikv::cuda

@@ -1,0 +1,138 @@
+// The ops on CUDA that say what to read.
+
+#include "ops.h"
+
+namespace pikv::cuda {
+
+void score_tokens(const Tensor& q, const MaybeTensor& k, const Tensor& k_high, const Tensor& k_scale, const Tensor& k_zero,
+                  int64_t hi_bits, int64_t lo_bits, const Tensor& block_ids, double softmax_scale, Tensor coarse,
+                  Tensor radius, Tensor spread) {
+  const DeviceGuard guard(q.get_device_index());
+  check("q", q, ScalarType::Float, {-1, -1, -1});
+  const int64_t groups = q.size(0), rows = q.size(1);
+  const MaybeTensor high = k_high, scale = k_scale, zero = k_zero, none;
+  const Keys keys = KeyArguments{k, high, none, scale, zero, hi_bits, lo_bits}.view(groups, q.size(2));
+  const bool per_head = block_ids.dim() == 2;
+  const int64_t count = block_ids.size(block_ids.dim() - 1);
+  check("block_ids", block_ids, ScalarType::Long, per_head ? std::vector<int64_t>{groups, count} : std::vector<int64_t>{count});
+  check("coarse", coarse, ScalarType::Float, {groups, rows, count, keys.block_size});
+  check("radius", radius, ScalarType::Float, {groups, rows, count});
+  check("spread", spread, ScalarType::Float, {groups, rows, count});
+  check_wide_places(q, high, scale, zero);
+  check_places(q, k, block_ids, coarse, radius, spread);
+  check_launch("score_tokens",
+               pikv_cuda_score_tokens(data<float>(q), rows, static_cast<float>(softmax_scale), &keys, data<int64_t>(block_ids),
+                                      per_head, count, mutable_data<float>(coarse), mutable_data<float>(radius),
+                                      mutable_data<float>(spread), current_stream(q)));
+}
+
+void score_blocks(const Tensor& q, const Tensor& k_scale, const Tensor& k_zero, int64_t bits, const Tensor& block_ids,
+                  double softmax_scale, Tensor bound, Tensor centre, Tensor spread) {
+  const DeviceGuard guard(q.get_device_index());
+  check("q", q, ScalarType::Float, {-1, -1, -1});
+  const int64_t groups = q.size(0), rows = q.size(1), dim = q.size(2);
+  check("k_scale", k_scale, ScalarType::Half, {-1, groups, dim});
+  check("k_zero", k_zero, ScalarType::Half, {k_scale.size(0), groups, dim});
+  check("block_ids", block_ids, ScalarType::Long, {-1});
+  const int64_t count = block_ids.numel();
+  check("bound", bound, ScalarType::Float, {groups, rows, count});
+  check("centre", centre, ScalarType::Float, {groups, rows, count});
+  check("spread", spread, ScalarType::Float, {groups, rows, count});
+  check_wide_places(q, k_scale, k_zero);
+  check_places(q, block_ids, bound, centre, spread);
+  Keys keys{};
+  keys.scale = data<uint16_t>(k_scale), keys.zero = data<uint16_t>(k_zero);
+  keys.hi_bits = static_cast<int>(bits), keys.groups = groups, keys.dim = dim;
+  check_launch("score_blocks",
+               pikv_cuda_score_blocks(data<float>(q), rows, static_cast<float>(softmax_scale), &keys, data<int64_t>(block_ids),
+                                      count, mutable_data<float>(bound), mutable_data<float>(centre),
+                                      mutable_data<float>(spread), current_stream(q)));
+}
+
+void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, const Tensor& block_ids, double softmax_scale, Tensor logits) {
+  check("q", q, ScalarType::Float, {-1, -1, -1});
+  const DeviceGuard guard(q.get_device_index());
+  const Keys keys = PIKV_STORED_KEYS(q);
+  check("block_ids", block_ids, ScalarType::Long, {-1});
+  const int64_t count = block_ids.numel();
+  check("logits", logits, ScalarType::Float, {keys.groups, q.size(1), count * keys.block_size});
+  check_places(q, block_ids, logits);
+  check_launch("key_logits", pikv_cuda_key_logits(data<float>(q), q.size(1), static_cast<float>(softmax_scale), &keys,
+                                                  data<int64_t>(block_ids), count, mutable_data<float>(logits),
+                                                  current_stream(q)));
+}
+
+void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, const Tensor& block_ids, double softmax_scale,
+                      Tensor importance) {
+  check("q", q, ScalarType::Float, {-1, -1, -1});
+  const DeviceGuard guard(q.get_device_index());
+  const Keys keys = PIKV_STORED_KEYS(q);
+  check("lse", lse, ScalarType::Float, {keys.groups, q.size(1)});
+  check("block_ids", block_ids, ScalarType::Long, {-1});
+  const int64_t count = block_ids.numel();
+  check("importance", importance, ScalarType::Float, {count, keys.block_size});
+  check_places(q, lse, block_ids, importance);
+  check_launch("token_importance",
+               pikv_cuda_token_importance(data<float>(q), data<float>(lse), q.size(1), static_cast<float>(softmax_scale), &keys,
+                                          data<int64_t>(block_ids), count, mutable_data<float>(importance), current_stream(q)));
+}
+
+void window_importance(const Tensor& q, const Tensor& lse, const Tensor& k, int64_t query_tokens, double softmax_scale,
+                       Tensor importance) {
+  check("q", q, ScalarType::Float, {-1, -1, -1});
+  const DeviceGuard guard(q.get_device_index());
+  const int64_t apart = head_rows("k", k, q.size(0), q.size(2)), rows = q.size(1);
+  STD_TORCH_CHECK(query_tokens >= 1 && rows % query_tokens == 0 && query_tokens <= k.size(1),
+                  "query_tokens: expected a divisor of the rows and at most ", k.size(1), ", got ", query_tokens);
+  const Keys keys = raw_keys(k);
+  check("lse", lse, ScalarType::Float, {keys.groups, rows});
+  check("importance", importance, ScalarType::Float, {k.size(1)});
+  check_wide_places(q, k);
+  check_places(q, lse, importance);
+  check_launch("window_importance",
+               pikv_cuda_window_importance(data<float>(q), data<float>(lse), rows, static_cast<float>(softmax_scale), &keys, apart,
+                                           query_tokens, mutable_data<float>(importance), current_stream(q)));
+}
+
+void rank_tokens(const Tensor& coarse, const Tensor& raw_lse, Tensor rank) {
+  check("coarse", coarse, ScalarType::Float, {-1, -1, -1});
+  const DeviceGuard guard(coarse.get_device_index());
+  const int64_t groups = coarse.size(0), rows = coarse.size(1), tokens = coarse.size(2);
+  check("raw_lse", raw_lse, ScalarType::Float, {groups, rows});
+  check("rank", rank, ScalarType::Float, {groups, tokens});
+  check_places(coarse, raw_lse, rank);
+  Tensor workspace = torch::stable::new_empty(coarse, {groups * rows});
+  check_launch("rank_tokens", pikv_cuda_rank_tokens(data<float>(coarse), data<float>(raw_lse), groups, rows, tokens,
+                                                    mutable_data<float>(workspace), mutable_data<float>(rank),
+                                                    current_stream(coarse)));
+}
+
+void select_topk(const Tensor& scores, Tensor indices) {
+  check("scores", scores, ScalarType::Float, {-1, -1});
+  const DeviceGuard guard(scores.get_device_index());
+  check("indices", indices, ScalarType::Long, {scores.size(0), -1});
+  const int64_t count = scores.size(1), best = indices.size(1);
+  STD_TORCH_CHECK(best <= count, "indices: expected at most ", count, " a row, got ", best);
+  check_places(scores, indices);
+  check_launch("select_topk", pikv_cuda_select_topk(data<float>(scores), scores.size(0), count, best,
+                                                    mutable_data<int64_t>(indices), current_stream(scores)));
+}
+
+void unread_mass(const Tensor& coarse, const Tensor& spread, const Tensor& radius, const Tensor& read, Tensor by_spread,
+                 Tensor by_radius) {
+  check("coarse", coarse, ScalarType::Float, {-1, -1, -1, -1});
+  const DeviceGuard guard(coarse.get_device_index());
+  const int64_t groups = coarse.size(0), rows = coarse.size(1), blocks = coarse.size(2), tokens = coarse.size(3);
+  check("spread", spread, ScalarType::Float, {groups, rows, blocks});
+  check("radius", radius, ScalarType::Float, {groups, rows, blocks});
+  check("read", read, ScalarType::Bool, {groups, blocks * tokens});
+  check("by_spread", by_spread, ScalarType::Float, {groups, rows});
+  check("by_radius", by_radius, ScalarType::Float, {groups, rows});
+  check_places(coarse, spread, radius, read, by_spread, by_radius);
+  check_launch("unread_mass", pikv_cuda_unread_mass(data<float>(coarse), data<float>(spread), data<float>(radius),
+                                                    data<bool>(read), groups, rows, blocks, tokens,
+                                                    mutable_data<float>(by_spread), mutable_data<float>(by_radius),
+                                                    current_stream(coarse)));
+}
+
+}  // namespace pikv::cuda
