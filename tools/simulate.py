@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,6 +62,10 @@ RUNTIME_MACROS: dict[Sanitizer | None, list[str]] = {
     "thread": ["-DPIKV_SIM_TSAN"],
     "address": ["-DPIKV_SIM_ASAN"],
 }
+
+
+_compilers = threading.BoundedSemaphore(COMPILERS)
+_locks: dict[Path, threading.Lock] = {}  # of files that are being made
 
 
 class BuildError(RuntimeError):
@@ -167,7 +172,8 @@ def _read_by(source: Path) -> list[Path]:
 
 
 def _run(command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    with _compilers:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise BuildError(f"{' '.join(command)}\n{result.stderr}")
 
@@ -177,8 +183,9 @@ def _published(digest: hashlib._Hash, suffix: str, make: Callable[[Path], object
     cache = Path(os.environ.get("PIKV_SIM_CACHE", ROOT / "build" / "sim"))
     cache.mkdir(parents=True, exist_ok=True)
     target = cache / (digest.hexdigest()[:32] + suffix)
-    if not target.exists():
-        draft = target.with_name(f"{target.stem}.{os.getpid()}{suffix}")
-        make(draft)
-        os.replace(draft, target)
+    with _locks.setdefault(target, threading.Lock()):
+        if not target.exists():
+            draft = target.with_name(f"{target.stem}.{os.getpid()}{suffix}")
+            make(draft)
+            os.replace(draft, target)
     return target

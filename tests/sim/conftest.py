@@ -1,7 +1,8 @@
-"""The simulators' own kernels, built once: `simulator` is "fibers" and, where nvcc is, "ptx"."""
+"""What the simulators' tests share: small kernels built for each simulator, and the harnesses' faults."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import harnesses
@@ -28,3 +29,18 @@ def kernels(simulator):
 def seed(request, kernels):
     kernels.pikv_sim_set_seed(request.param)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def faults(request, tmp_path_factory):
+    """faults[run].result(): what a harnesses.Run found. Those that the session's tests have as `runs` begin at once."""
+    runs = [
+        run
+        for item in request.session.items
+        if hasattr(item, "callspec")
+        for run in item.callspec.params.get("runs", [])
+    ]
+    wanted = [run for run in runs if run.tool != "ptx" or simulate.nvcc()]
+    pool = ThreadPoolExecutor(simulate.COMPILERS)
+    yield {run: pool.submit(run.fault, tmp_path_factory.mktemp("mutant")) for run in wanted}
+    pool.shutdown(cancel_futures=True)

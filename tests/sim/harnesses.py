@@ -1,11 +1,14 @@
-"""The harnesses of tests/sim/harness: one executable per op, simulator and sanitizer, and what it says."""
+"""The harnesses of tests/sim/harness: the project's CUDA kernels or mutants of them, built and run by one tool each."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
+import tomllib
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -15,7 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 HARNESS = Path(__file__).resolve().parent / "harness"
 KERNELS = ROOT / "csrc" / "cuda"
 OPS = sorted(path.stem for path in HARNESS.glob("*.cpp") if path.stem != "harness")
-# How a kernel is run: simulator, sanitizer.
+MUTANTS = {
+    mutant["name"]: mutant
+    for mutant in tomllib.loads((Path(__file__).resolve().parent / "mutants.toml").read_text())["mutant"]
+}
+# How kernels are run: simulator, sanitizer.
 TOOLS = {
     "fibers": ("fibers", None),
     "ptx": ("ptx", None),
@@ -30,26 +37,47 @@ ENVIRONMENT = {
 }
 
 
+class Run(NamedTuple):
+    """One op by one tool; mutant: a name of mutants.toml."""
+
+    op: str
+    tool: str
+    mutant: str | None = None
+
+    def fault(self, folder: Path) -> str | None:
+        """What is wrong with the kernel, in one line; None: nothing, with every seed. Mutants go to `folder`."""
+        return fault(self._build(folder))
+
+    def _build(self, folder: Path) -> Path:
+        kernels = KERNELS if self.mutant is None else mutated(MUTANTS[self.mutant], folder / self.mutant)
+        simulator, sanitizer = TOOLS[self.tool]
+        used = [self.op, "merge_partials"] if self.op.startswith("attend") else [self.op]
+        sources = [
+            *(HARNESS / f"{name}.cpp" for name in ("harness", self.op)),
+            ROOT / "csrc" / "cpu" / "kernels_scalar.cpp",
+            *(kernels / f"{name}.cu" for name in used),
+        ]
+        return simulate.build(sources, simulator=simulator, sanitizer=sanitizer, executable=True)
+
+
 def skip_without_nvcc(tool: str) -> None:
     """Skips the test where `tool` needs nvcc and there is none."""
     if tool == "ptx" and simulate.nvcc() is None:
         pytest.skip("no nvcc here: it makes the PTX that this simulator runs")
 
 
-def executable(op: str, tool: str, kernels: Path = KERNELS) -> Path:
-    """The harness of one op over the kernels of a folder."""
-    simulator, sanitizer = TOOLS[tool]
-    used = [op, "merge_partials"] if op.startswith("attend") else [op]
-    sources = [
-        *(HARNESS / f"{name}.cpp" for name in ("harness", op)),
-        ROOT / "csrc" / "cpu" / "kernels_scalar.cpp",
-        *(kernels / f"{name}.cu" for name in used),
-    ]
-    return simulate.build(sources, simulator=simulator, sanitizer=sanitizer, executable=True)
+def mutated(mutant: dict[str, str], folder: Path) -> Path:
+    """A copy of the kernels with the mutant's bug."""
+    shutil.copytree(KERNELS, folder, dirs_exist_ok=True)
+    found = [path for path in folder.glob("*.cu*") for _ in range(path.read_text().count(mutant["old"]))]
+    if len(found) != 1:
+        raise ValueError(f"the patch no longer applies, its text is in {found}: {mutant['old']!r}")
+    found[0].write_text(found[0].read_text().replace(mutant["old"], mutant["new"]))
+    return folder
 
 
 def fault(program: Path) -> str | None:
-    """What a harness has against its kernel, one line; None: nothing, with every seed."""
+    """What a harness has against its kernel."""
     try:
         result = subprocess.run(
             [program, *SEEDS], capture_output=True, text=True, check=False, timeout=120, env=os.environ | ENVIRONMENT
@@ -58,8 +86,6 @@ def fault(program: Path) -> str | None:
         return "hangs"
     if result.returncode == 0:
         return None
-    said = re.search(
-        r"ThreadSanitizer: .*|AddressSanitizer: .*|.*runtime error: .*|.*wrong result.*|launcher returned .*",
-        result.stderr,
-    )
+    known = r"ThreadSanitizer: .*|AddressSanitizer: .*|.*runtime error: .*|.*wrong result.*|launcher returned .*"
+    said = re.search(known, result.stderr)
     return said[0].strip() if said else f"crash: exit {result.returncode}, {result.stderr[-200:]}"
