@@ -176,6 +176,8 @@ def _attend_whole(q: Tensor, source: Source, block_ids: Tensor, softmax_scale: f
 
 
 def _join(scores: list[ops.TokenScores]) -> ops.TokenScores:
+    if len(scores) == 1:
+        return scores[0]
     return ops.TokenScores(*(torch.cat(list(part), dim=2) for part in zip(*scores, strict=True)))
 
 

@@ -227,6 +227,29 @@ void clear_behind(Tile& tile, int64_t held, int64_t dim) {
   }
 }
 
+inline void fetch(const void* base, int64_t at, int64_t bytes) {
+  if (!base) return;
+  const char* from = static_cast<const char*>(base) + at * bytes;
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
+
+// Fetches what key_row reads of a single token, unless its block is the one before's; and what value_row does.
+inline void fetch_key(const Keys& keys, int64_t id, int64_t head, int64_t row, bool new_block) {
+  if (keys.raw) return fetch(keys.raw, row, keys.dim * (keys.dtype == Dtype::kFloat32 ? 4 : 2));
+  fetch(keys.high, row, keys.dim * keys.hi_bits / 8);
+  fetch(keys.low, row, keys.dim * keys.lo_bits / 8);
+  if (!new_block) return;
+  fetch(keys.scale, id * keys.groups + head, keys.dim * 2);
+  fetch(keys.zero, id * keys.groups + head, keys.dim * 2);
+}
+inline void fetch_value(const Values& values, int64_t row) {
+  if (values.raw) return fetch(values.raw, row, values.dim * (values.dtype == Dtype::kFloat32 ? 4 : 2));
+  fetch(values.codes, row, values.dim * values.bits / 8);
+  fetch(values.scale, row, 2);
+  fetch(values.zero, row, 2);
+}
+constexpr int64_t kTokensAhead = 6;
+
 void attend_tokens(const float* q, int64_t rows, const Keys& keys, const Values& values, const int64_t* ids,
                    const int64_t* offsets, const bool* read, int64_t count, int64_t head, Partial partial) {
   const int64_t dim = keys.dim, value_dim = values.dim;
@@ -238,6 +261,11 @@ void attend_tokens(const float* q, int64_t rows, const Keys& keys, const Values&
     held = 0;
   };
   for (int64_t i = 0; i < count; ++i) {
+    if (const int64_t next = i + kTokensAhead; next < count && !(read && !read[next])) {
+      const int64_t row = (ids[next] * keys.groups + head) * keys.block_size + offsets[next];
+      fetch_key(keys, ids[next], head, row, ids[next] != ids[next - 1]);
+      fetch_value(values, row);
+    }
     if (read && !read[i]) continue;
     const int64_t row = (ids[i] * keys.groups + head) * keys.block_size + offsets[i];
     if (!keys.raw && ids[i] != block) key_scales(keys, block = ids[i], head, tile);

@@ -45,6 +45,13 @@ void score_tokens(const float* q, int64_t rows, const Keys& keys, const int64_t*
       for (int64_t t = 0; t < tokens; ++t)
         unpack_row(keys.high + (row + t) * high_bytes, nullptr, dim, keys.hi_bits, 0, tile.k.data() + t * q_stride);
     const float *scale = tile.k_scale.data(), *zero = tile.k_zero.data();
+    // What does not depend on the query: the plane's middle, and how far from it a key may be.
+    float *middles = tile.k_middle.data(), *reaches = tile.k_reach.data();
+    for (int64_t d = 0; d < q_stride; d += W) {
+      const Vec s = load(scale + d), z = load(zero + d);
+      store(middles + d, z + s * middle);
+      store(reaches + d, s * half_width + larger(absolute(z), absolute(z + s * levels)) * rounding);
+    }
     for (int64_t first = 0; first < rows; first += 4) {
       const int64_t here = rows - first < 4 ? rows - first : 4;
       float offset[4], most[4];
@@ -53,16 +60,15 @@ void score_tokens(const float* q, int64_t rows, const Keys& keys, const int64_t*
         float* scaled = tile.scaled_q.data() + r * q_stride;
         Vec at{}, reach{}, square{}, largest_of{};
         for (int64_t d = 0; d < q_stride; d += W) {  // behind dim, query and scales are zero
-          const Vec x = load(query + d), s = load(scale + d), z = load(zero + d);
-          at += x * (z + s * middle);
-          reach += absolute(x) * (s * half_width + larger(absolute(z), absolute(z + s * levels)) * rounding);
-          square += (x * s) * (x * s);
-          const Vec folded = x * s * step;
+          const Vec x = load(query + d), folded = x * load(scale + d) * step;
+          at += x * load(middles + d);
+          reach += absolute(x) * load(reaches + d);
+          square += folded * folded;
           largest_of = larger(absolute(folded), largest_of);
           store(scaled + d, folded);
         }
         offset[r] = sum(at), most[r] = largest(largest_of);
-        const float farthest = sum(reach), half_variance = 0.5f * variance * sum(square);
+        const float farthest = sum(reach), half_variance = 0.5f * variance / (step * step) * sum(square);
         radius[(first + r) * stride + i] = farthest;
         spread[(first + r) * stride + i] = half_variance < farthest ? half_variance : farthest;  // no error exceeds it
       }

@@ -86,6 +86,19 @@ struct LogSum {
   float log() const { return total > 0.0f ? high + std::log(total) : kMinusInf; }
 };
 
+// x, or -inf where it is hidden.
+inline Vec hide(Vec x, const bool* hidden) {
+#if PIKV_WIDTH == 16
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(hidden));
+  return _mm512_mask_mov_ps(x, _mm_test_epi8_mask(bytes, bytes), splat(kMinusInf));
+#elif PIKV_WIDTH == 8
+  const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(hidden)));
+  return _mm256_blendv_ps(x, splat(kMinusInf), _mm256_castsi256_ps(_mm256_slli_epi32(wide, 31)));
+#else
+  return *hidden ? kMinusInf : x;
+#endif
+}
+
 // Log-sum-exp of what unread tokens are expected to have, slope * coarse + spread [blocks], and of what they have at most, coarse
 // + radius [blocks].
 void unread_mass(const float* coarse, float slope, const float* spread, const float* radius, const bool* read, int64_t blocks,
@@ -93,21 +106,21 @@ void unread_mass(const float* coarse, float slope, const float* spread, const fl
   LogSum expected, most;
   for (int64_t b = 0; b < blocks; ++b) {
     const float* row = coarse + b * tokens;
-    float high = kMinusInf;
-    for (int64_t t = 0; t < tokens; ++t) high = std::max(high, read[b * tokens + t] ? kMinusInf : row[t]);
-    if (high == kMinusInf) continue;
-    float total = 0.0f, sloped = 0.0f;  // of e^(coarse - high), and of e^(slope * (coarse - high))
+    const bool* seen = read + b * tokens;
+    float high = kMinusInf, total = 0.0f, sloped = 0.0f;  // of e^(coarse - high), and of e^(slope * (coarse - high))
+    Vec highest = splat(kMinusInf), totals{}, slopeds{};
     int64_t t = 0;
-    Vec totals{}, slopeds{};
-    for (; t + W <= tokens; t += W) {
-      float here[W];
-      for (int j = 0; j < W; ++j) here[j] = read[b * tokens + t + j] ? kMinusInf : row[t + j];
-      const Vec below = load(here) - splat(high);
+    for (; t + W <= tokens; t += W) highest = larger(hide(load(row + t), seen + t), highest);
+    for (; t < tokens; ++t) high = std::max(high, seen[t] ? kMinusInf : row[t]);
+    high = std::max(high, largest(highest));
+    if (high == kMinusInf) continue;
+    for (t = 0; t + W <= tokens; t += W) {
+      const Vec below = hide(load(row + t), seen + t) - splat(high);
       totals += exp_negative(below);
       slopeds += exp_negative(below * slope);
     }
     for (; t < tokens; ++t) {
-      if (read[b * tokens + t]) continue;
+      if (seen[t]) continue;
       total += std::exp(row[t] - high);
       sloped += std::exp(slope * (row[t] - high));
     }

@@ -2,10 +2,10 @@
 // inner loops over tiles. Included by kernels.inl.
 
 // Scratch of one thread. k [tokens, padded(D)], v [tokens, padded(E)], both with zeros behind their channels; weights
-// [4, tokens]; v_scale, v_zero [tokens]; k_scale, k_zero [padded(D)]; scaled_q [4, padded(D)]; q_bytes, weight_bytes: scaled_q
+// [4, tokens]; v_scale, v_zero [tokens]; k_scale, k_zero, and what scores derive from them, k_middle, k_reach [padded(D)]; scaled_q [4, padded(D)]; q_bytes, weight_bytes: scaled_q
 // and weights cut into bytes, where that is done. tokens is a multiple of kPad, zeros behind the block's.
 struct Tile {
-  std::vector<float> k, v, weights, v_scale, v_zero, k_scale, k_zero, scaled_q;
+  std::vector<float> k, v, weights, v_scale, v_zero, k_scale, k_zero, k_middle, k_reach, scaled_q;
   std::vector<int32_t> q_bytes, weight_bytes;
 
   void fit(int64_t tokens, int64_t dim, int64_t value_dim) {
@@ -17,6 +17,8 @@ struct Tile {
     grow(v_zero, padded_tokens);
     grow(k_scale, padded(dim));
     grow(k_zero, padded(dim));
+    grow(k_middle, padded(dim));
+    grow(k_reach, padded(dim));
     grow(scaled_q, 4 * padded(dim));
     grow(q_bytes, 4 * padded(dim));
     grow(weight_bytes, 4 * padded_tokens);

@@ -185,7 +185,7 @@ def attend_mass(
     q = q.float().contiguous()
     partial = _empty_partial(q, _value_dim(values))
     coarse, extra = score.coarse.contiguous(), (score.radius if slope is None else score.spread).contiguous()
-    read = torch.empty(q.shape[0], coarse[0, 0].numel(), dtype=torch.bool)
+    read = q.new_empty(q.shape[0], coarse.shape[2] * coarse.shape[3], dtype=torch.bool)
     torch.ops.pikv.attend_mass_out(
         q,
         *_flat(keys),
@@ -209,7 +209,7 @@ def attend_window(q: Tensor, k: Tensor, v: Tensor, query_tokens: int, softmax_sc
         return reference.attend_window(q, k, v, query_tokens, softmax_scale)
     if query_tokens == 1:
         return _attend_raw(q, k, v, None, None, softmax_scale)
-    places = torch.arange(k.shape[1])
+    places = torch.arange(k.shape[1], device=k.device)
     queries = places[-query_tokens:].repeat(q.shape[1] // query_tokens)
     return _attend_raw(q, k, v, places, queries, softmax_scale)
 
@@ -284,7 +284,7 @@ def select_topk(scores: Tensor, count: int) -> Tensor:
     """See reference.select_topk."""
     if count > scores.shape[1]:
         raise ValueError(f"count: expected at most {scores.shape[1]}, got {count}")
-    indices = torch.empty(scores.shape[0], count, dtype=torch.int64)
+    indices = scores.new_empty(scores.shape[0], count, dtype=torch.int64)
     torch.ops.pikv.select_topk_out(scores.contiguous(), indices)
     return indices
 
