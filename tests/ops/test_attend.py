@@ -77,6 +77,23 @@ def test_attend_blocks_sees_only_what_is_not_newer(ops, codec):
     _close(partial, dense_rows(q, *rows_of(held, block_ids), 0.125, seen))
 
 
+def test_attend_ragged(ops, codec, shape):
+    """Several requests at once equal each alone; one of them has no block, one has one, two share theirs."""
+    groups, heads, dim, value_dim = shape
+    held = random_store(40, groups, 16, dim, value_dim, codec)
+    q = torch.randn(5, groups, heads, dim, generator=_rng(20))
+    runs = [torch.tensor(x) for x in ([3, 1, 7], [], [12], list(range(39, 5, -1)), [12])]
+    first = torch.tensor([0, *(len(run) for run in runs)]).cumsum(0)
+    out, lse = ops.attend_ragged(q, held.keys, held.values, torch.cat(runs).long(), first, dim**-0.5)
+    assert out.shape == (5, groups, heads, value_dim)
+    for i, run in enumerate(runs):
+        if len(run):
+            _close(ops.Partial(out[i], lse[i]), dense_rows(q[i], *rows_of(held, run), dim**-0.5))
+        else:
+            assert (out[i] == 0).all()
+            assert (lse[i] == -torch.inf).all()
+
+
 def test_attend_blocks_of_large_logits(ops):
     """Logits in the thousands and of both signs: nothing overflows and the largest key wins."""
     held = random_store(40, 2, 32, 64, 64, "none")

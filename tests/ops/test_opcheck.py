@@ -1,0 +1,72 @@
+"""Every compiled op under torch.library.opcheck: its schema says what it writes, its fake kernel agrees with it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from stored import random_store
+
+import pikv_megatron.ops
+from pikv_megatron.ops import kernels
+
+G, R, B, D, E, N = 2, 3, 16, 32, 16, 5
+
+
+def _arguments() -> dict[str, tuple]:
+    """Arguments of every op, outputs included."""
+    q, ids = torch.randn(G, R, D), torch.tensor([4, 0, 2])
+    coded, raw = (random_store(N, G, B, D, E, codec) for codec in ("int8", "none"))
+    out, lse = torch.empty(G, R, E), torch.empty(G, R)
+    coarse, radius, spread = torch.randn(G, R, 3, B), torch.rand(G, R, 3), torch.rand(G, R, 3)
+    high, low = torch.empty(N, G, B, D // 2, dtype=torch.uint8), torch.empty(N, G, B, D // 2, dtype=torch.uint8)
+    scale, zero = torch.empty(N, G, D, dtype=torch.float16), torch.empty(N, G, D, dtype=torch.float16)
+    tokens = torch.randint(0, N, (G, 7))
+    read = torch.empty(G, 3 * B, dtype=torch.bool)
+    new_k, new_v = torch.randn(3, G, B, D), torch.randn(3, G, B, E)
+    window_k, window_v = torch.randn(G, 20, D), torch.randn(G, 20, E)
+    places, queries = torch.arange(20), torch.tensor([17, 18, 19])
+    return {
+        "quantize_block_out": (raw.keys.raw, 4, 4, True, high, low, scale, zero),
+        "dequantize_block_out": (*coded.keys[1:5], 4, 4, True, torch.empty(N, G, B, D)),
+        "append_out": (new_k, new_v, ids, *coded.keys, *coded.values),
+        "prefetch": (coded.keys.high, ids),
+        "attend_blocks_out": (q, *coded.keys, *coded.values, ids, 0.2, None, None, out, lse),
+        "attend_ragged_out": (
+            torch.randn(2, G, R, D),
+            *coded.keys,
+            *coded.values,
+            ids,
+            torch.tensor([0, 1, 3]),
+            0.2,
+            torch.empty(2, G, R, E),
+            torch.empty(2, G, R),
+        ),
+        "attend_tokens_out": (q, *raw.keys, *raw.values, tokens, tokens, 0.2, None, out, lse),
+        "attend_mass_out": (q, *coded.keys, *coded.values, ids, coarse, radius, lse.zero_(), 0.1, 0.2, out, lse, read),
+        "attend_at_out": (q, window_k, window_v, places, queries, 0.2, out, lse),
+        "merge_partials_out": (torch.randn(4, G, R, E), torch.randn(4, G, R), out, lse),
+        "score_blocks_out": (q, *coded.keys[3:5], 8, ids, 0.2, *(torch.empty(G, R, 3) for _ in range(3))),
+        "score_tokens_out": (q, None, coded.keys.high, *coded.keys[3:5], 4, 4, ids, 0.2, coarse, radius, spread),
+        "key_logits_out": (q, *coded.keys, ids, 0.2, torch.empty(G, R, 3 * B)),
+        "token_importance_out": (q, torch.zeros(G, R), *coded.keys, ids, 0.2, torch.empty(3, B)),
+        "window_importance_out": (q, torch.zeros(G, R), window_k, 3, 0.2, torch.empty(20)),
+        "rank_tokens_out": (torch.randn(G, R, 40), torch.randn(G, R), torch.empty(G, 40)),
+        "select_topk_out": (torch.randn(G, 40), torch.empty(G, 5, dtype=torch.int64)),
+        "unread_mass_out": (coarse, spread, radius, read.fill_(False), torch.empty(G, R), torch.empty(G, R)),
+    }
+
+
+ARGUMENTS = _arguments()
+
+
+def test_no_op_is_left_out():
+    assert set(ARGUMENTS) == {f"{name}_out" for name in kernels.OUT_OPS} | {"prefetch"}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_opcheck(name):
+    if pikv_megatron.ops.kernel_set is None:
+        pytest.skip("the compiled ops are not built")
+    arguments = tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in ARGUMENTS[name])
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(getattr(torch.ops.pikv, name), arguments, test_utils=checks)
