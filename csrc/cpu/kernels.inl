@@ -33,6 +33,7 @@ inline bool codes_in_place(const Values&) { return false; }
 #include "attend.inl"
 #include "scores.inl"
 #include "select.inl"
+#include "mass.inl"
 
 const CpuKernels kTable{
     PIKV_NAME,    quantize,   dequantize,       attend_blocks, attend_tokens, attend_raw,  attend_mass,
