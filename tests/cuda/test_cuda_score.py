@@ -68,6 +68,15 @@ def test_scores_in_every_case(cuda, codec, dim):
         _check_scores(cuda, **case)
 
 
+def test_spread_is_no_more_than_the_radius(cuda):
+    """Queries so long that half the variance of a logit exceeds what it can be off by."""
+    held = random_store(5, 2, 16, 64, 16, "int8")
+    q = 1000 * torch.randn(2, 3, 64, generator=_rng(18))
+    scores, expected = (ops.score_tokens(q, held.keys, torch.arange(5), 0.125) for ops in (cuda, reference))
+    assert (expected.spread == expected.radius).any()
+    _near(scores, expected, scores._fields)
+
+
 @pytest.mark.parametrize("blocks", [1, 129, 300])
 def test_block_scores_of_many_blocks(cuda, blocks):
     """From their bounds alone: no other field of the keys is there."""
