@@ -45,7 +45,8 @@ Block::Block(const Launch& launch, uint3 index, Fibers& fibers, Chance& chance)
   for (int i = 0; i < count; ++i) {
     const unsigned x = static_cast<unsigned>(i) % launch.block.x, rest = static_cast<unsigned>(i) / launch.block.x;
     fibers.at(i).start(enter);
-    threads_.push_back(std::make_unique<Thread>(fibers.at(i), i, uint3{x, rest % launch.block.y, rest / launch.block.y}));
+    threads_.push_back(
+        std::make_unique<Thread>(fibers.at(i), i, uint3{x, rest % launch.block.y, rest / launch.block.y}));
   }
   open_.resize((threads_.size() + kLanes - 1) / kLanes);
   in_flight_.resize(launch.shared_bytes / kWord + 1);
@@ -62,7 +63,8 @@ std::string Block::run() {
       if (has_ready(warp)) ready.push_back(warp);
     if (!ready.empty())
       run_warp(ready[chance_.below(static_cast<unsigned>(ready.size()))]);
-    else if (std::all_of(threads_.begin(), threads_.end(), [](auto& thread) { return thread->state == State::kExited; }))
+    else if (std::all_of(threads_.begin(), threads_.end(),
+                         [](auto& thread) { return thread->state == State::kExited; }))
       break;
     else
       release_barrier();
@@ -79,14 +81,18 @@ bool Block::has_ready(int warp) const {
   return false;
 }
 
-// Runs a warp until all of it waits or, now and then, not quite so far: warps that run ahead of each other show missing barriers.
+// Runs a warp until all of it waits or, now and then, not quite so far: warps that run ahead of each other show missing
+// barriers.
 void Block::run_warp(int warp) {
   int order[kLanes];
   std::iota(order, order + kLanes, warp * kLanes);
   do {
     for (int i = 0; i < kLanes; ++i) {
-      if (chance_.on()) std::swap(order[i], order[i + static_cast<int>(chance_.below(static_cast<unsigned>(kLanes - i)))]);
-      if (order[i] >= static_cast<int>(threads_.size()) || threads_[static_cast<size_t>(order[i])]->state != State::kReady) continue;
+      if (chance_.on())
+        std::swap(order[i], order[i + static_cast<int>(chance_.below(static_cast<unsigned>(kLanes - i)))]);
+      if (order[i] >= static_cast<int>(threads_.size()) ||
+          threads_[static_cast<size_t>(order[i])]->state != State::kReady)
+        continue;
       current_ = threads_[static_cast<size_t>(order[i])].get();
       current_->fiber.resume();
       if (!error_.empty()) return;
@@ -98,7 +104,8 @@ void Block::run_warp(int warp) {
 void Block::release_barrier() {
   const Thread* first = threads_[0].get();
   for (const auto& thread : threads_) {
-    if (thread->state != State::kAtBarrier || (first->state == State::kAtBarrier && first->meeting->site != thread->meeting->site)) {
+    if (thread->state != State::kAtBarrier ||
+        (first->state == State::kAtBarrier && first->meeting->site != thread->meeting->site)) {
       error_ = stuck();
       return;
     }
@@ -108,10 +115,8 @@ void Block::release_barrier() {
 }
 
 std::string Block::where(const Thread& thread) const {
-  switch (thread.state) {
-    case State::kExited: return name(thread) + " has exited";
-    default: return name(thread) + " waits at " + text(thread.meeting->operation, thread.meeting->site);
-  }
+  if (thread.state == State::kExited) return name(thread) + " has exited";
+  return name(thread) + " waits at " + text(thread.meeting->operation, thread.meeting->site);
 }
 
 // Why no thread can go on.
@@ -149,9 +154,9 @@ void Block::exit() {
 }
 
 void Block::fail(const std::string& what) {
-  unwatch();  // for good: the fiber ends here
+  unwatch();  // for good: the fiber is given up here
   error_ = name(*current_) + ": " + what;
-  current_->fiber.suspend(true);
+  current_->fiber.suspend(false);
   __builtin_unreachable();
 }
 
@@ -168,7 +173,8 @@ void Block::barrier(Site site) {
 std::shared_ptr<Meeting> Block::meet(Operation operation, unsigned mask, uint64_t value, Site site) {
   const Unwatched books;
   const int lane = current_->linear % kLanes;
-  if (!(mask >> lane & 1)) fail("lane " + std::to_string(lane) + " is not in its own mask " + hex(mask) + " of " + text(operation, site));
+  if (!(mask >> lane & 1))
+    fail("lane " + std::to_string(lane) + " is not in its own mask " + hex(mask) + " of " + text(operation, site));
   auto& open = open_[static_cast<size_t>(current_->linear / kLanes)];
   auto found = std::find_if(open.begin(), open.end(), [&](const auto& other) {
     return other->operation == operation && other->mask == mask && other->site == site && !(other->arrived >> lane & 1);
@@ -223,12 +229,14 @@ void Block::arrive(const Copy& copy) {
 }
 
 void Block::mark(const Copy& copy, bool in_flight) {
-  const size_t first = static_cast<size_t>(copy.to - shared.begin()) / kWord, count = static_cast<size_t>(copy.bytes) / kWord;
+  const size_t first = static_cast<size_t>(copy.to - shared.begin()) / kWord,
+               count = static_cast<size_t>(copy.bytes) / kWord;
   for (size_t i = first; i < first + count; ++i) in_flight_[i] = in_flight;
 }
 
 void Block::memory_access(uint64_t address, int bytes, const char* what) {
-  if (address & static_cast<unsigned>(bytes - 1)) fail(std::string(what) + " of " + std::to_string(bytes) + " bytes is misaligned");
+  if (address & static_cast<unsigned>(bytes - 1))
+    fail(std::string(what) + " of " + std::to_string(bytes) + " bytes is misaligned");
   if (!chance_.on()) return;
   if (current_->until_yield == 0) {
     current_->until_yield = 1 + chance_.below(64);
@@ -244,7 +252,9 @@ unsigned char* Block::global_access(uint64_t address, int bytes, const char* wha
 
 unsigned char* Block::shared_access(uint64_t offset, int bytes, const char* what) {
   memory_access(offset, bytes, what);
-  const auto place = [&] { return std::string(what) + " of " + std::to_string(bytes) + " bytes at byte " + std::to_string(offset); };
+  const auto place = [&] {
+    return std::string(what) + " of " + std::to_string(bytes) + " bytes at byte " + std::to_string(offset);
+  };
   if (offset > shared.bytes() || static_cast<size_t>(bytes) > shared.bytes() - offset)
     fail(place() + " is outside shared memory, which has " + std::to_string(shared.bytes()) + " bytes");
   for (size_t i = offset / kWord; i * kWord < offset + static_cast<size_t>(bytes); ++i)
@@ -268,7 +278,8 @@ uint64_t shuffle(unsigned mask, uint64_t value, int source_lane, Site site) {
   const Unwatched books;
   const auto meeting = block->meet(Operation::kShuffle, mask, value, site);
   if (!(mask >> source_lane & 1))
-    block->fail("a shuffle with mask " + hex(mask) + " reads lane " + std::to_string(source_lane) + ", which is not in it");
+    block->fail("a shuffle with mask " + hex(mask) + " reads lane " + std::to_string(source_lane) +
+                ", which is not in it");
   return meeting->values[source_lane];
 }
 
@@ -283,8 +294,12 @@ unsigned ballot(unsigned mask, bool predicate, Site site) {
 void copy_async(void* shared, const void* global, int bytes) { block->copy_async(shared, global, bytes); }
 void copy_async_commit() { ++block->current().group; }
 void copy_async_wait(unsigned pending) { block->copy_async_wait(pending); }
-unsigned char* global_access(uint64_t address, int bytes, const char* what) { return block->global_access(address, bytes, what); }
-unsigned char* shared_access(uint64_t offset, int bytes, const char* what) { return block->shared_access(offset, bytes, what); }
+unsigned char* global_access(uint64_t address, int bytes, const char* what) {
+  return block->global_access(address, bytes, what);
+}
+unsigned char* shared_access(uint64_t offset, int bytes, const char* what) {
+  return block->shared_access(offset, bytes, what);
+}
 void fail(const std::string& what) { block->fail(what); }
 
 }  // namespace pikv::sim

@@ -116,7 +116,8 @@ Fibers::Fibers(int count) {
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) std::abort();
   memory_ = static_cast<char*>(memory);
-  for (int i = 0; i < count; ++i) fibers_.push_back(std::make_unique<Fiber>(memory_ + static_cast<size_t>(i) * Fiber::kStackBytes));
+  for (int i = 0; i < count; ++i)
+    fibers_.push_back(std::make_unique<Fiber>(memory_ + static_cast<size_t>(i) * Fiber::kStackBytes));
 }
 
 Fibers::~Fibers() {

@@ -1,5 +1,6 @@
-// A fiber: a function with a stack of its own that gives up the OS thread only where it says so. One OS thread has one scheduler
-// (whoever calls resume) and any number of fibers; between two fibers TSan sees no order that the kernel has not made.
+// A fiber: a function with a stack of its own that gives up the OS thread only where it says so. One OS thread has one
+// scheduler (whoever calls resume) and any number of fibers; between two fibers TSan sees no order that the kernel has
+// not made.
 #pragma once
 
 #include <cstddef>

@@ -18,13 +18,18 @@ namespace {
 
 thread_local uint64_t seed = 0, launches = 0;  // launches: since the seed was set
 thread_local std::string last_error;
-thread_local std::string fault;
+// An access that faulted: the byte of shared memory, and whether it was a write.
+thread_local ptrdiff_t fault_offset;
+thread_local bool fault_writes;
 // Blocks take turns on two sets of fibers: TSan sees no order between neighbours, and fibers cost much under TSan.
 thread_local std::unique_ptr<Fibers> fibers[2];
 
 struct sigaction previous_action;
 
-[[noreturn]] void end_faulty() { block->fail(fault); }
+[[noreturn]] void end_faulty() {
+  block->fail(std::string(fault_writes ? "writes" : "reads") + " byte " + std::to_string(fault_offset) +
+              ", outside shared memory, which has " + std::to_string(block->shared.bytes()) + " bytes");
+}
 
 // An access to the pages around shared memory ends the kernel; any other fault is not ours.
 void on_fault(int, siginfo_t* info, void* context) {
@@ -33,9 +38,8 @@ void on_fault(int, siginfo_t* info, void* context) {
     return;  // and the access faults again
   }
   auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
-  const ptrdiff_t offset = static_cast<unsigned char*>(info->si_addr) - block->shared.begin();
-  fault = std::string(registers[REG_ERR] & 2 ? "writes" : "reads") + " byte " + std::to_string(offset) +
-          ", outside shared memory, which has " + std::to_string(block->shared.bytes()) + " bytes";
+  fault_offset = static_cast<unsigned char*>(info->si_addr) - block->shared.begin();
+  fault_writes = registers[REG_ERR] & 2;
   constexpr greg_t kRedZone = 128;
   registers[REG_RSP] = ((registers[REG_RSP] - kRedZone) & ~greg_t{15}) - 8;  // as if end_faulty had been called
   registers[REG_RIP] = reinterpret_cast<greg_t>(&end_faulty);

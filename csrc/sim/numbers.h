@@ -1,4 +1,5 @@
-// CUDA's functions on numbers, with CUDA's results: conversions are whole-number arithmetic, so that no instruction set is assumed.
+// CUDA's functions on numbers, with CUDA's results: conversions are whole-number arithmetic, so that no instruction set
+// is assumed.
 #pragma once
 
 #include <bit>
@@ -40,7 +41,8 @@ inline int __dp4a(int a, int b, int c) {
 namespace pikv {
 
 inline float half_to_float(uint16_t bits) {
-  const unsigned sign = static_cast<unsigned>(bits & 0x8000u) << 16, exponent = bits >> 10 & 31u, fraction = bits & 0x3ffu;
+  const unsigned sign = static_cast<unsigned>(bits & 0x8000u) << 16, exponent = bits >> 10 & 31u,
+                 fraction = bits & 0x3ffu;
   if (exponent == 0) {  // zero or subnormal: a multiple of 2**-24
     const float magnitude = static_cast<float>(fraction) * 0x1p-24f;
     return sign ? -magnitude : magnitude;
@@ -59,7 +61,8 @@ inline uint16_t float_to_half(float x, Rounding rounding) {
   const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
   if (magnitude > 0x7f800000u) return 0x7fff;
   if (magnitude == 0x7f800000u) return static_cast<uint16_t>(sign | 0x7c00u);
-  // kept: float16's bits of the magnitude rounded towards zero; rest: what was cut off, in units of half of what was kept's last bit.
+  // kept: float16's bits of the magnitude rounded towards zero; rest: what was cut off, in units of half of what was
+  // kept's last bit.
   unsigned kept, cut, half;
   if (magnitude >= 0x47800000u) {  // 2**16 and above
     kept = 0x7bffu, cut = 2, half = 1;

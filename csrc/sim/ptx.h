@@ -1,4 +1,5 @@
-// What translated PTX (tools/ptx2cpp.py) is made of, beside C++'s operators: registers are variables of their declared width. Whole-number arithmetic wraps, a division by zero gives all ones, conversions saturate, as on a GPU.
+// What translated PTX (tools/ptx2cpp.py) is made of, beside C++'s operators: registers are variables of their declared
+// width. Whole-number arithmetic wraps, a division by zero gives all ones, conversions saturate, as on a GPU.
 // ex2.approx and lg2.approx are exact to float here; a GPU's are off by up to two units in the last place.
 #pragma once
 
@@ -99,7 +100,8 @@ inline float saturate(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f;
 template <class T>
 T to_integer(float x) {
   if (std::isnan(x)) return 0;
-  if (x >= -static_cast<float>(std::numeric_limits<T>::min()) && std::is_signed_v<T>) return std::numeric_limits<T>::max();
+  if (x >= -static_cast<float>(std::numeric_limits<T>::min()) && std::is_signed_v<T>)
+    return std::numeric_limits<T>::max();
   if (x >= static_cast<float>(std::numeric_limits<T>::max())) return std::numeric_limits<T>::max();
   if (x <= static_cast<float>(std::numeric_limits<T>::min())) return std::numeric_limits<T>::min();
   return static_cast<T>(x);
@@ -116,9 +118,7 @@ inline Shuffled shuffle_from(int source, bool in_range, uint32_t value, uint32_t
   return {static_cast<uint32_t>(shuffle(mask, value, in_range ? source : lane(), site)), in_range};
 }
 inline int segment_first(uint32_t clamp) { return lane() & static_cast<int>(clamp >> 8 & 31u); }
-inline int segment_last(uint32_t clamp) {
-  return segment_first(clamp) | static_cast<int>(clamp & 31u & ~(clamp >> 8));
-}
+inline int segment_last(uint32_t clamp) { return segment_first(clamp) | static_cast<int>(clamp & 31u & ~(clamp >> 8)); }
 inline Shuffled shuffle_up(uint32_t value, uint32_t by, uint32_t clamp, uint32_t mask, Site site) {
   const int source = lane() - static_cast<int>(by & 31u);
   return shuffle_from(source, source >= segment_last(clamp), value, mask, site);

@@ -20,8 +20,8 @@ cudaError_t run_ptx(Launch launch, const PtxParameters& parameters) {
   const auto found = kernels().find(symbol);
   if (found == kernels().end()) return refuse("there is no translated PTX of kernel \"" + symbol + "\"");
   if (found->second.parameter_bytes != parameters.size())
-    return refuse("kernel " + symbol + " takes " + std::to_string(found->second.parameter_bytes) + " bytes of parameters in PTX and " +
-                  std::to_string(parameters.size()) + " in C++");
+    return refuse("kernel " + symbol + " takes " + std::to_string(found->second.parameter_bytes) +
+                  " bytes of parameters in PTX and " + std::to_string(parameters.size()) + " in C++");
   launch.body = found->second.body;
   launch.parameters = parameters.bytes();
   return run(launch);

@@ -1,6 +1,8 @@
-// CUDA's names over the simulator, for portable.cuh under g++: just what its list promises to the kernels. No CUDA header is needed.
+// CUDA's names over the simulator, for portable.cuh under g++: just what its list promises to the kernels. No CUDA
+// header is needed.
 //
-// With PIKV_SIM_PTX the launcher runs what nvcc made of the kernel, as tools/ptx2cpp.py translated it, in place of g++'s version.
+// With PIKV_SIM_PTX the launcher runs what nvcc made of the kernel, as tools/ptx2cpp.py translated it, in place of
+// g++'s version.
 #pragma once
 
 #include <atomic>
@@ -108,7 +110,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, s
                    Arguments... arguments) {
 #if defined(PIKV_SIM_PTX)
   const sim::PtxParameters parameters(static_cast<Parameters>(arguments)...);
-  return sim::run_ptx({reinterpret_cast<const void*>(kernel), nullptr, nullptr, grid, dim3(threads), shared_bytes}, parameters);
+  return sim::run_ptx({reinterpret_cast<const void*>(kernel), nullptr, nullptr, grid, dim3(threads), shared_bytes},
+                      parameters);
 #else
   struct Call {
     void (*kernel)(Parameters...);

@@ -1,5 +1,6 @@
-// What the sanitizers must be told, as functions that do nothing in a build without them. The simulator's own sources are never
-// instrumented, so that TSan sees the kernels' memory alone; PIKV_SIM_TSAN and PIKV_SIM_ASAN say which sanitizer is linked.
+// What the sanitizers must be told, as functions that do nothing in a build without them. The simulator's own sources
+// are never instrumented, so that TSan sees the kernels' memory alone; PIKV_SIM_TSAN and PIKV_SIM_ASAN say which
+// sanitizer is linked.
 #pragma once
 
 #include <cstddef>

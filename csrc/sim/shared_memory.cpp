@@ -27,7 +27,8 @@ SharedMemory::SharedMemory(size_t bytes, bool against_end) : bytes_(bytes) {
   begin_ = against_end ? inner_ + inner_bytes_ - aligned : inner_;
   if (inner_bytes_ == 0) return;
   if (mprotect(inner_, inner_bytes_, PROT_READ | PROT_WRITE) != 0) std::abort();
-  for (unsigned char* p = inner_; p != inner_ + inner_bytes_; ++p) *p = p >= begin_ && p < begin_ + bytes_ ? kPoison : kCanary;
+  for (unsigned char* p = inner_; p != inner_ + inner_bytes_; ++p)
+    *p = p >= begin_ && p < begin_ + bytes_ ? kPoison : kCanary;
   forbid(inner_, static_cast<size_t>(begin_ - inner_));
   forbid(begin_ + bytes_, static_cast<size_t>(inner_ + inner_bytes_ - begin_ - bytes_));
 }
@@ -52,7 +53,8 @@ std::string SharedMemory::damage() const {
   for (const unsigned char* p = inner_; p != inner_ + inner_bytes_; ++p) {
     const ptrdiff_t offset = p - begin_;
     if ((offset < 0 || offset >= static_cast<ptrdiff_t>(bytes_)) && *p != kCanary)
-      return "byte " + std::to_string(offset) + " of shared memory was written, which has " + std::to_string(bytes_) + " bytes";
+      return "byte " + std::to_string(offset) + " of shared memory was written, which has " + std::to_string(bytes_) +
+             " bytes";
   }
   return "";
 }

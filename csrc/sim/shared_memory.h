@@ -1,6 +1,6 @@
-// A thread block's shared memory: filled with poison, with a page on either side that may not be touched. It lies against one of
-// the two pages, so that one step too far on that side ends the kernel with an error; bytes between it and the other page are
-// canaries that are looked at when the block has ended. Under ASan both sides are exact.
+// A thread block's shared memory: filled with poison, with a page on either side that may not be touched. It lies
+// against one of the two pages, so that one step too far on that side ends the kernel with an error; bytes between it
+// and the other page are canaries that are looked at when the block has ended. Under ASan both sides are exact.
 #pragma once
 
 #include <cstddef>

@@ -1,9 +1,9 @@
 // What a simulated kernel may ask of the simulator; runtime.h gives it CUDA's names and ptx.h PTX's.
 //
-// The threads of a block are fibers on one OS thread. They change places at barriers, warp operations and, where the kernel is
-// translated PTX, between memory accesses, in an order that the seed chooses. The blocks of a grid run one after another, in an
-// order that the seed chooses too; TSan is told that nothing orders them. A kernel that breaks a rule ends at once: the launch
-// returns cudaErrorLaunchFailure and pikv_sim_last_error says which thread did what.
+// The threads of a block are fibers on one OS thread. They change places at barriers, warp operations and, where the
+// kernel is translated PTX, between memory accesses, in an order that the seed chooses. The blocks of a grid run one
+// after another, in an order that the seed chooses too; TSan is told that nothing orders them. A kernel that breaks a
+// rule ends at once: the launch returns cudaErrorLaunchFailure and pikv_sim_last_error says which thread did what.
 #pragma once
 
 #include <cstddef>
@@ -46,13 +46,14 @@ void warp_barrier(unsigned mask, Site site);
 uint64_t shuffle(unsigned mask, uint64_t value, int source_lane, Site site);
 unsigned ballot(unsigned mask, bool predicate, Site site);
 
-// A copy to shared memory that arrives at once or not before its group is waited for, as the seed has it. Until then there is poison.
+// A copy to shared memory that arrives at once or not before its group is waited for, as the seed has it. Until then
+// there is poison.
 void copy_async(void* shared, const void* global, int bytes);
 void copy_async_commit();
 void copy_async_wait(unsigned pending);
 
-// Translated PTX alone: a memory access, at which another thread may have its turn. Fails if misaligned, or in shared memory (by
-// offset) out of bounds or not yet filled by a copy.
+// Translated PTX alone: a memory access, at which another thread may have its turn. Fails if misaligned, or in shared
+// memory (by offset) out of bounds or not yet filled by a copy.
 unsigned char* global_access(uint64_t address, int bytes, const char* what);
 unsigned char* shared_access(uint64_t offset, int bytes, const char* what);
 
@@ -64,7 +65,8 @@ std::string symbol_of(const void* function);
 }  // namespace pikv::sim
 
 extern "C" {
-// Seed 0: threads and blocks in order, copies as late as they may be. Any other: a random order of everything, repeatable.
+// Seed 0: threads and blocks in order, copies as late as they may be. Any other: a random order of everything,
+// repeatable.
 void pikv_sim_set_seed(uint64_t seed);
 // What ended the last kernel that failed; "" before.
 const char* pikv_sim_last_error();

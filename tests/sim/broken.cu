@@ -108,11 +108,21 @@ int broken_read_outside_mask(int* y) { return launch(read_outside_mask_kernel, d
 int broken_shared_write(int* y, int first, int step) {
   return launch(shared_write_kernel, dim3(2), kThreads, kShared, nullptr, y, first, step);
 }
-int broken_shared_read(int* y, int first) { return launch(shared_read_kernel, dim3(2), kThreads, kShared, nullptr, y, first); }
-int broken_early_read(const int* x, int* y) { return launch(early_read_kernel<1>, dim3(2), kThreads, kShared, nullptr, x, y); }
-int broken_timely_read(const int* x, int* y) { return launch(early_read_kernel<0>, dim3(2), kThreads, kShared, nullptr, x, y); }
-int broken_misaligned_copy(const int* x, int* y) { return launch(misaligned_copy_kernel, dim3(2), kThreads, kShared, nullptr, x, y); }
-int broken_copy_outside(const int* x, int* y) { return launch(copy_outside_kernel, dim3(2), kThreads, kShared, nullptr, x, y); }
+int broken_shared_read(int* y, int first) {
+  return launch(shared_read_kernel, dim3(2), kThreads, kShared, nullptr, y, first);
+}
+int broken_early_read(const int* x, int* y) {
+  return launch(early_read_kernel<1>, dim3(2), kThreads, kShared, nullptr, x, y);
+}
+int broken_timely_read(const int* x, int* y) {
+  return launch(early_read_kernel<0>, dim3(2), kThreads, kShared, nullptr, x, y);
+}
+int broken_misaligned_copy(const int* x, int* y) {
+  return launch(misaligned_copy_kernel, dim3(2), kThreads, kShared, nullptr, x, y);
+}
+int broken_copy_outside(const int* x, int* y) {
+  return launch(copy_outside_kernel, dim3(2), kThreads, kShared, nullptr, x, y);
+}
 int broken_configuration(int* y) { return launch(deadlock_kernel, dim3(2), 1025, 0, nullptr, y); }
 
 }  // extern "C"

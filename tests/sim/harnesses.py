@@ -32,7 +32,7 @@ TOOLS = {
 SEEDS = ["0", "1", "2", "3"]
 ENVIRONMENT = {
     "TSAN_OPTIONS": "halt_on_error=1 exitcode=66",
-    "ASAN_OPTIONS": "exitcode=67",
+    "ASAN_OPTIONS": "exitcode=67 detect_leaks=0",
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }
 

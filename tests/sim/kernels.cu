@@ -1,4 +1,5 @@
-// Small kernels that between them use all that the simulators offer: what each computes is plain to see, and easy to break.
+// Small kernels that between them use all that the simulators offer: what each computes is plain to see, and easy to
+// break.
 
 #include "pikv/portable.cuh"
 
@@ -58,8 +59,8 @@ __global__ void scan_kernel(const int* x, int* running, int* greatest, int* odd)
   }
 }
 
-// Adds up x [tiles, kThreads * 4] over the tiles, each brought by cp.async while the one before is added. Threads read what
-// their neighbours have copied.
+// Adds up x [tiles, kThreads * 4] over the tiles, each brought by cp.async while the one before is added. Threads read
+// what their neighbours have copied.
 __global__ void stream_kernel(const float* x, int tiles, float* sums) {
   PIKV_DYNAMIC_SHARED(shared);
   float4* stages = reinterpret_cast<float4*>(shared);
@@ -86,7 +87,8 @@ __global__ void histogram_kernel(const int* x, int64_t count, int* bins) {
   int* mine = reinterpret_cast<int*>(shared);
   if (threadIdx.x < 16) mine[threadIdx.x] = 0;
   __syncthreads();
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += static_cast<int64_t>(gridDim.x) * kThreads)
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
+       i += static_cast<int64_t>(gridDim.x) * kThreads)
     atomicAdd(&mine[x[i]], 1);
   __syncthreads();
   if (threadIdx.x < 16) atomicAdd(&bins[threadIdx.x], mine[threadIdx.x]);
@@ -115,7 +117,8 @@ __global__ void dots_kernel(const int* a, const int* b, int words, int* sums) {
 __global__ void pass_on_kernel(const int* x, int rounds, int* y) {
   PIKV_DYNAMIC_SHARED(shared);
   int* mine = reinterpret_cast<int*>(shared) + threadIdx.x / 32 * 32;
-  const int lane = static_cast<int>(threadIdx.x) % 32, i = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
+  const int lane = static_cast<int>(threadIdx.x) % 32,
+            i = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
   int value = x[i];
   for (int round = 0; round < rounds; ++round) {
     mine[lane] = value;
@@ -134,8 +137,8 @@ int trial_reduce(const float* x, int64_t count, float* sums) {
 }
 
 int trial_transpose(const float* x, int rows, int cols, float* y) {
-  return launch(transpose_kernel, dim3(static_cast<unsigned>(rows + 15) / 16), kThreads, 16 * 17 * sizeof(float), nullptr, x, rows,
-                cols, y);
+  return launch(transpose_kernel, dim3(static_cast<unsigned>(rows + 15) / 16), kThreads, 16 * 17 * sizeof(float),
+                nullptr, x, rows, cols, y);
 }
 
 int trial_scan(const int* x, int blocks, int* running, int* greatest, int* odd) {
@@ -151,16 +154,18 @@ int trial_histogram(const int* x, int64_t count, int* bins) {
 }
 
 int trial_halves(const uint16_t* half, const float* x, int count, float* y, uint16_t* down, uint16_t* up) {
-  return launch(halves_kernel, dim3(static_cast<unsigned>(count + kThreads - 1) / kThreads), kThreads, 0, nullptr, half, x, count, y,
-                down, up);
+  return launch(halves_kernel, dim3(static_cast<unsigned>(count + kThreads - 1) / kThreads), kThreads, 0, nullptr, half,
+                x, count, y, down, up);
 }
 
 int trial_dots(const int* a, const int* b, int rows, int words, int* sums) {
-  return launch(dots_kernel, dim3(static_cast<unsigned>(rows) / (kThreads / 32)), kThreads, 0, nullptr, a, b, words, sums);
+  return launch(dots_kernel, dim3(static_cast<unsigned>(rows) / (kThreads / 32)), kThreads, 0, nullptr, a, b, words,
+                sums);
 }
 
 int trial_pass_on(const int* x, int blocks, int rounds, int* y) {
-  return launch(pass_on_kernel, dim3(static_cast<unsigned>(blocks)), kThreads, kThreads * sizeof(int), nullptr, x, rounds, y);
+  return launch(pass_on_kernel, dim3(static_cast<unsigned>(blocks)), kThreads, kThreads * sizeof(int), nullptr, x,
+                rounds, y);
 }
 
 }  // extern "C"

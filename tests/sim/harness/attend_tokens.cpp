@@ -17,7 +17,8 @@ void run(const Shape& s) {
   const harness::StoredValues values(s.groups, s.block_size, s.value_dim, s.bits);
   const std::vector<float> q = harness::numbers(s.groups * s.rows * s.dim);
   const std::vector<int64_t> ids = harness::indices(s.groups * s.count, harness::kBlocks);
-  const std::vector<int64_t> offsets = harness::indices(s.groups * s.count, s.block_size), chosen = harness::indices(s.groups * s.count, 2);
+  const std::vector<int64_t> offsets = harness::indices(s.groups * s.count, s.block_size),
+                             chosen = harness::indices(s.groups * s.count, 2);
   const auto read = std::make_unique<bool[]>(chosen.size());
   for (size_t i = 0; i < chosen.size(); ++i) read[i] = chosen[i] != 0;
   const float scale = 0.05f;
@@ -30,11 +31,13 @@ void run(const Shape& s) {
                                           expected.from(head * s.rows));
   }
   expected.finish();
-  std::vector<float> out = harness::unwritten(s.groups * s.rows * s.value_dim), lse = harness::unwritten(s.groups * s.rows);
-  std::vector<float> workspace = harness::unwritten(pikv::cuda::attend_workspace(s.groups * s.rows, s.value_dim, s.splits));
-  harness::launched(pikv::cuda::pikv_cuda_attend_tokens(q.data(), s.rows, scale, &keys.keys, &values.values, ids.data(), offsets.data(),
-                                                        s.masked ? read.get() : nullptr, s.count, s.splits, workspace.data(),
-                                                        out.data(), lse.data(), nullptr));
+  std::vector<float> out = harness::unwritten(s.groups * s.rows * s.value_dim),
+                     lse = harness::unwritten(s.groups * s.rows);
+  std::vector<float> workspace =
+      harness::unwritten(pikv::cuda::attend_workspace(s.groups * s.rows, s.value_dim, s.splits));
+  harness::launched(pikv::cuda::pikv_cuda_attend_tokens(q.data(), s.rows, scale, &keys.keys, &values.values, ids.data(),
+                                                        offsets.data(), s.masked ? read.get() : nullptr, s.count,
+                                                        s.splits, workspace.data(), out.data(), lse.data(), nullptr));
   harness::near("out", out, expected.out, 1e-5f);
   harness::near("lse", lse, expected.lse, 1e-5f);
 }
@@ -42,8 +45,26 @@ void run(const Shape& s) {
 }  // namespace
 
 void harness::cases() {
-  run({.groups = 2, .rows = 3, .block_size = 16, .dim = 64, .value_dim = 80, .hi_bits = 4, .lo_bits = 4, .bits = 8, .count = 300,
-       .splits = 2, .masked = false});
-  run({.groups = 1, .rows = 1, .block_size = 32, .dim = 96, .value_dim = 64, .hi_bits = 0, .lo_bits = 0, .bits = 0, .count = 77,
-       .splits = 1, .masked = true});
+  run({.groups = 2,
+       .rows = 3,
+       .block_size = 16,
+       .dim = 64,
+       .value_dim = 80,
+       .hi_bits = 4,
+       .lo_bits = 4,
+       .bits = 8,
+       .count = 300,
+       .splits = 2,
+       .masked = false});
+  run({.groups = 1,
+       .rows = 1,
+       .block_size = 32,
+       .dim = 96,
+       .value_dim = 64,
+       .hi_bits = 0,
+       .lo_bits = 0,
+       .bits = 0,
+       .count = 77,
+       .splits = 1,
+       .masked = true});
 }

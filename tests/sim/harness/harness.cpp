@@ -77,14 +77,20 @@ std::vector<float> unwritten(int64_t count) {
 StoredKeys::StoredKeys(int64_t groups, int64_t block_size, int64_t dim, int hi_bits, int lo_bits) : keys{} {
   const int64_t rows = kBlocks * groups * block_size;
   if (hi_bits == 0) raw = numbers(rows * dim);
-  keys = {.raw = raw.data(), .dtype = pikv::Dtype::kFloat32, .hi_bits = hi_bits ? hi_bits : 2, .lo_bits = lo_bits,
-          .groups = groups, .block_size = block_size, .dim = dim};
+  keys = {.raw = raw.data(),
+          .dtype = pikv::Dtype::kFloat32,
+          .hi_bits = hi_bits ? hi_bits : 2,
+          .lo_bits = lo_bits,
+          .groups = groups,
+          .block_size = block_size,
+          .dim = dim};
   if (hi_bits) keys.raw = nullptr;
   high = bytes(rows * dim * keys.hi_bits / 8);
   low = bytes(rows * dim * lo_bits / 8);
   scale = halves(numbers(kBlocks * groups * dim, 0.01f, 0.2f));
   zero = halves(numbers(kBlocks * groups * dim));
-  keys.high = high.data(), keys.low = lo_bits ? low.data() : nullptr, keys.scale = scale.data(), keys.zero = zero.data();
+  keys.high = high.data(), keys.low = lo_bits ? low.data() : nullptr, keys.scale = scale.data(),
+  keys.zero = zero.data();
 }
 
 std::vector<float> StoredKeys::decoded(int64_t matrix) const {
@@ -92,8 +98,9 @@ std::vector<float> StoredKeys::decoded(int64_t matrix) const {
   if (keys.raw) return {raw.begin() + matrix * size, raw.begin() + (matrix + 1) * size};
   std::vector<float> k(static_cast<size_t>(size));
   pikv::scalar_kernels()->dequantize(keys.high + matrix * size * keys.hi_bits / 8,
-                                     keys.low ? keys.low + matrix * size * keys.lo_bits / 8 : nullptr, keys.scale + matrix * keys.dim,
-                                     keys.zero + matrix * keys.dim, keys.block_size, keys.dim, keys.hi_bits, keys.lo_bits, true, k.data());
+                                     keys.low ? keys.low + matrix * size * keys.lo_bits / 8 : nullptr,
+                                     keys.scale + matrix * keys.dim, keys.zero + matrix * keys.dim, keys.block_size,
+                                     keys.dim, keys.hi_bits, keys.lo_bits, true, k.data());
   return k;
 }
 
@@ -115,7 +122,8 @@ std::vector<float> padded_queries(const std::vector<float>& q, int64_t rows, int
   const int64_t width = pikv::padded(dim);
   std::vector<float> to(static_cast<size_t>(rows * width));
   for (int64_t row = 0; row < rows; ++row)
-    for (int64_t i = 0; i < dim; ++i) to[static_cast<size_t>(row * width + i)] = q[static_cast<size_t>(row * dim + i)] * scale;
+    for (int64_t i = 0; i < dim; ++i)
+      to[static_cast<size_t>(row * width + i)] = q[static_cast<size_t>(row * dim + i)] * scale;
   return to;
 }
 
@@ -124,15 +132,20 @@ std::vector<double> products(const float* q, int64_t rows, const std::vector<flo
   for (int64_t row = 0; row < rows; ++row)
     for (size_t token = 0; token < k.size() / static_cast<size_t>(dim); ++token) {
       double sum = 0;
-      for (int64_t d = 0; d < dim; ++d) sum += static_cast<double>(q[row * dim + d]) * k[token * static_cast<size_t>(dim) + static_cast<size_t>(d)];
+      for (int64_t d = 0; d < dim; ++d)
+        sum += static_cast<double>(q[row * dim + d]) * k[token * static_cast<size_t>(dim) + static_cast<size_t>(d)];
       logits.push_back(sum * scale);
     }
   return logits;
 }
 
 Softmax::Softmax(int64_t rows, int64_t dim)
-    : rows(rows), dim(dim), out(static_cast<size_t>(rows * dim)), high(static_cast<size_t>(rows), -INFINITY),
-      total(static_cast<size_t>(rows)), lse(static_cast<size_t>(rows)) {}
+    : rows(rows),
+      dim(dim),
+      out(static_cast<size_t>(rows * dim)),
+      high(static_cast<size_t>(rows), -INFINITY),
+      total(static_cast<size_t>(rows)),
+      lse(static_cast<size_t>(rows)) {}
 
 pikv::Partial Softmax::from(int64_t row) { return {out.data() + row * dim, high.data() + row, total.data() + row}; }
 

@@ -1,5 +1,6 @@
-// Runs launchers on shapes of their own under the simulator and compares them with the CPU kernels: what the sanitizers watch and
-// what mutants must not survive. Buffers are as large as needed and no larger, so that ASan sees one step too far.
+// Runs launchers on shapes of their own under the simulator and compares them with the CPU kernels: what the sanitizers
+// watch and what mutants must not survive. Buffers are as large as needed and no larger, so that ASan sees one step too
+// far.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,8 @@ enum Exit { kEqual = 0, kDifferent = 3, kFailed = 4 };
 
 // Ends the program with kFailed and the simulator's message unless status is 0.
 void launched(int status);
-// End the program with kDifferent where results are not equal, or further apart than `tolerance` times the largest expected.
+// End the program with kDifferent where results are not equal, or further apart than `tolerance` times the largest
+// expected.
 void equal(const char* what, const void* got, const void* expected, size_t bytes);
 void near(const char* what, const std::vector<float>& got, const std::vector<float>& expected, float tolerance);
 

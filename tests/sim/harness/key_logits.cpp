@@ -17,7 +17,8 @@ void run(int64_t groups, int64_t rows, int64_t block_size, int64_t dim, int hi_b
           expected[static_cast<size_t>(((head * rows + row) * count + i) * block_size + token)] =
               static_cast<float>(its[static_cast<size_t>(row * block_size + token)]);
     }
-  harness::launched(pikv::cuda::pikv_cuda_key_logits(q.data(), rows, scale, &keys.keys, ids.data(), count, logits.data(), nullptr));
+  harness::launched(
+      pikv::cuda::pikv_cuda_key_logits(q.data(), rows, scale, &keys.keys, ids.data(), count, logits.data(), nullptr));
   harness::near("logits", logits, expected, 1e-5f);
 }
 

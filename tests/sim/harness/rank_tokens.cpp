@@ -13,10 +13,11 @@ void run(int64_t groups, int64_t rows, int64_t count) {
     double total = std::exp(static_cast<double>(raw_lse[static_cast<size_t>(row)]));
     for (int64_t i = 0; i < count; ++i) total += std::exp(static_cast<double>(logits[i]));
     for (int64_t i = 0; i < count; ++i)
-      expected[static_cast<size_t>(row / rows * count + i)] += static_cast<float>(std::exp(static_cast<double>(logits[i])) / total);
+      expected[static_cast<size_t>(row / rows * count + i)] +=
+          static_cast<float>(std::exp(static_cast<double>(logits[i])) / total);
   }
-  harness::launched(pikv::cuda::pikv_cuda_rank_tokens(coarse.data(), raw_lse.data(), groups, rows, count, workspace.data(), rank.data(),
-                                                      nullptr));
+  harness::launched(pikv::cuda::pikv_cuda_rank_tokens(coarse.data(), raw_lse.data(), groups, rows, count,
+                                                      workspace.data(), rank.data(), nullptr));
   harness::near("rank", rank, expected, 1e-5f);
 }
 

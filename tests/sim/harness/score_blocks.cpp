@@ -13,11 +13,12 @@ void run(int64_t groups, int64_t rows, int64_t dim, int hi_bits, int lo_bits, in
   for (int64_t head = 0; head < groups; ++head) {
     const std::vector<float> its(q.begin() + head * rows * dim, q.begin() + (head + 1) * rows * dim);
     const int64_t at = head * rows * count;
-    pikv::scalar_kernels()->score_blocks(harness::padded_queries(its, rows, dim, scale).data(), rows, keys.keys, ids.data(), count, head,
-                                         true_bound.data() + at, true_centre.data() + at, true_spread.data() + at, count);
+    pikv::scalar_kernels()->score_blocks(harness::padded_queries(its, rows, dim, scale).data(), rows, keys.keys,
+                                         ids.data(), count, head, true_bound.data() + at, true_centre.data() + at,
+                                         true_spread.data() + at, count);
   }
-  harness::launched(pikv::cuda::pikv_cuda_score_blocks(q.data(), rows, scale, &keys.keys, ids.data(), count, bound.data(),
-                                                       centre.data(), spread.data(), nullptr));
+  harness::launched(pikv::cuda::pikv_cuda_score_blocks(q.data(), rows, scale, &keys.keys, ids.data(), count,
+                                                       bound.data(), centre.data(), spread.data(), nullptr));
   harness::near("bound", bound, true_bound, 1e-5f);
   harness::near("centre", centre, true_centre, 1e-5f);
   harness::near("spread", spread, true_spread, 1e-5f);

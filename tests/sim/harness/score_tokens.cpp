@@ -2,7 +2,8 @@
 
 namespace {
 
-void run(int64_t groups, int64_t rows, int64_t block_size, int64_t dim, int hi_bits, int lo_bits, int64_t count, bool per_head) {
+void run(int64_t groups, int64_t rows, int64_t block_size, int64_t dim, int hi_bits, int lo_bits, int64_t count,
+         bool per_head) {
   const harness::StoredKeys keys(groups, block_size, dim, hi_bits, lo_bits);
   const std::vector<float> q = harness::numbers(groups * rows * dim);
   const std::vector<int64_t> ids = harness::indices((per_head ? groups : 1) * count, harness::kBlocks);
@@ -15,10 +16,11 @@ void run(int64_t groups, int64_t rows, int64_t block_size, int64_t dim, int hi_b
     const int64_t at = head * rows * count;
     pikv::scalar_kernels()->score_tokens(harness::padded_queries(its, rows, dim, scale).data(), rows, keys.keys,
                                          ids.data() + (per_head ? head * count : 0), count, head,
-                                         true_coarse.data() + at * block_size, true_radius.data() + at, true_spread.data() + at, count);
+                                         true_coarse.data() + at * block_size, true_radius.data() + at,
+                                         true_spread.data() + at, count);
   }
-  harness::launched(pikv::cuda::pikv_cuda_score_tokens(q.data(), rows, scale, &keys.keys, ids.data(), per_head, count, coarse.data(),
-                                                       radius.data(), spread.data(), nullptr));
+  harness::launched(pikv::cuda::pikv_cuda_score_tokens(q.data(), rows, scale, &keys.keys, ids.data(), per_head, count,
+                                                       coarse.data(), radius.data(), spread.data(), nullptr));
   harness::near("coarse", coarse, true_coarse, 1e-5f);
   harness::near("radius", radius, true_radius, 1e-5f);
   harness::near("spread", spread, true_spread, 1e-5f);

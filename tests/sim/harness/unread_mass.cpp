@@ -7,7 +7,8 @@ namespace {
 
 void run(int64_t groups, int64_t rows, int64_t blocks, int64_t block_size) {
   const int64_t count = blocks * block_size;
-  const std::vector<float> coarse = harness::numbers(groups * rows * count), spread = harness::numbers(groups * rows * blocks, 0.0f, 1.0f);
+  const std::vector<float> coarse = harness::numbers(groups * rows * count),
+                           spread = harness::numbers(groups * rows * blocks, 0.0f, 1.0f);
   const std::vector<float> radius = harness::numbers(groups * rows * blocks, 0.0f, 2.0f);
   const std::vector<int64_t> chosen = harness::indices(groups * count, 2);
   const auto read = std::make_unique<bool[]>(chosen.size());
@@ -25,8 +26,9 @@ void run(int64_t groups, int64_t rows, int64_t blocks, int64_t block_size) {
     true_spread.push_back(static_cast<float>(std::log(expected)));
     true_radius.push_back(static_cast<float>(std::log(largest)));
   }
-  harness::launched(pikv::cuda::pikv_cuda_unread_mass(coarse.data(), spread.data(), radius.data(), read.get(), groups, rows, blocks,
-                                                      block_size, by_spread.data(), by_radius.data(), nullptr));
+  harness::launched(pikv::cuda::pikv_cuda_unread_mass(coarse.data(), spread.data(), radius.data(), read.get(), groups,
+                                                      rows, blocks, block_size, by_spread.data(), by_radius.data(),
+                                                      nullptr));
   harness::near("by_spread", by_spread, true_spread, 1e-5f);
   harness::near("by_radius", by_radius, true_radius, 1e-5f);
 }

@@ -74,11 +74,16 @@ template <Order ORDER>
 int run(int which, const int* x, int* y) {
   constexpr size_t kShared = kThreads * sizeof(int);
   switch (which) {
-    case 0: return launch(between_blocks_kernel<ORDER>, dim3(4), kThreads, 0, nullptr, y);
-    case 1: return launch(after_shuffle_kernel<ORDER>, dim3(1), kThreads, kShared, nullptr, y);
-    case 2: return launch(after_wait_kernel<ORDER>, dim3(1), kThreads, kShared, nullptr, x, y);
-    case 3: return launch(between_warps_kernel<ORDER>, dim3(1), kThreads, kShared, nullptr, y);
-    default: return launch(part_of_warp_kernel<ORDER>, dim3(1), kThreads, kShared, nullptr, y);
+    case 0:
+      return launch(between_blocks_kernel<ORDER>, dim3(4), kThreads, 0, nullptr, y);
+    case 1:
+      return launch(after_shuffle_kernel<ORDER>, dim3(1), kThreads, kShared, nullptr, y);
+    case 2:
+      return launch(after_wait_kernel<ORDER>, dim3(1), kThreads, kShared, nullptr, x, y);
+    case 3:
+      return launch(between_warps_kernel<ORDER>, dim3(1), kThreads, kShared, nullptr, y);
+    default:
+      return launch(part_of_warp_kernel<ORDER>, dim3(1), kThreads, kShared, nullptr, y);
   }
 }
 
