@@ -1,5 +1,5 @@
-// append: encodes new blocks and writes them to their places in the paged pool, keys and values in one launch. One thread block
-// per matrix of a KV head, the second half of the grid for the values.
+// append: encodes new blocks and writes them to their places in the paged pool, keys and values in one launch. One
+// thread block per matrix of a KV head, the second half of the grid for the values.
 
 #include "quantize.cuh"
 
@@ -15,8 +15,8 @@ struct Target {
 };
 
 template <Dtype DTYPE, bool IS_KEY>
-__device__ __forceinline__ void append_matrix(const Target& target, int rows, int64_t block, int64_t head, int64_t place,
-                                              float* shared) {
+__device__ __forceinline__ void append_matrix(const Target& target, int rows, int64_t block, int64_t head,
+                                              int64_t place, float* shared) {
   constexpr int kBytes = DTYPE == Dtype::kFloat32 ? 4 : 2;
   const int64_t bytes = static_cast<int64_t>(rows) * target.cols * kBytes;
   const char* from = target.x + block * target.block_bytes + head * target.head_bytes;
@@ -55,18 +55,24 @@ extern "C" int pikv_cuda_append(const Blocks* k, const Blocks* v, Dtype dtype, c
   if (values->codes && !planes_fit(values->bits, 0)) return cudaErrorInvalidValue;
   if ((keys->raw && keys->dtype != dtype) || (values->raw && values->dtype != dtype)) return cudaErrorInvalidValue;
   if (count == 0) return cudaSuccess;
-  const Target key_target{static_cast<const char*>(k->x), k->block_bytes, k->head_bytes, static_cast<char*>(const_cast<void*>(keys->raw)),
+  const Target key_target{static_cast<const char*>(k->x),
+                          k->block_bytes,
+                          k->head_bytes,
+                          static_cast<char*>(const_cast<void*>(keys->raw)),
                           Codes{writable(keys->high), writable(keys->low), writable(keys->scale), writable(keys->zero),
                                 keys->hi_bits, keys->low ? keys->lo_bits : 0},
                           static_cast<int>(keys->dim)};
-  const Target value_target{static_cast<const char*>(v->x), v->block_bytes, v->head_bytes, static_cast<char*>(const_cast<void*>(values->raw)),
-                            Codes{writable(values->codes), nullptr, writable(values->scale), writable(values->zero), values->bits,
-                                  0},
-                            static_cast<int>(values->dim)};
+  const Target value_target{
+      static_cast<const char*>(v->x),
+      v->block_bytes,
+      v->head_bytes,
+      static_cast<char*>(const_cast<void*>(values->raw)),
+      Codes{writable(values->codes), nullptr, writable(values->scale), writable(values->zero), values->bits, 0},
+      static_cast<int>(values->dim)};
   const size_t shared_bytes = keys->high ? channels_shared(keys->dim, keys->hi_bits) * sizeof(float) : 0;
   return with_dtype(dtype, [&](auto constant) -> int {
-    return launch(append_kernel<decltype(constant)::value>, dim3(static_cast<unsigned>(count * keys->groups), 2), kThreads,
-                  shared_bytes, static_cast<cudaStream_t>(stream), key_target, value_target,
+    return launch(append_kernel<decltype(constant)::value>, dim3(static_cast<unsigned>(count * keys->groups), 2),
+                  kThreads, shared_bytes, static_cast<cudaStream_t>(stream), key_target, value_target,
                   static_cast<int>(keys->block_size), keys->groups, ids);
   });
 }

@@ -5,7 +5,8 @@
 namespace pikv::cuda {
 namespace {
 
-void check_positions(const MaybeTensor& of_keys, const std::vector<int64_t>& shape, const MaybeTensor& of_queries, int64_t rows) {
+void check_positions(const MaybeTensor& of_keys, const std::vector<int64_t>& shape, const MaybeTensor& of_queries,
+                     int64_t rows) {
   STD_TORCH_CHECK(!of_keys == !of_queries, "key_positions, query_positions: expected both or neither");
   if (!of_keys) return;
   check("key_positions", *of_keys, ScalarType::Long, shape);
@@ -40,7 +41,8 @@ struct Output {
   // q [..., G, R, D]; tokens: of one request.
   Output(const Tensor& q, int64_t tokens, int64_t value_dim, Tensor& to, Tensor& to_lse)
       : splits(splits_for(q, tokens)),
-        workspace(torch::stable::new_empty(q, {attend_workspace(q.numel() / std::max<int64_t>(1, q.size(-1)), value_dim, splits)})) {
+        workspace(torch::stable::new_empty(
+            q, {attend_workspace(q.numel() / std::max<int64_t>(1, q.size(-1)), value_dim, splits)})) {
     std::vector<int64_t> shape;
     for (int64_t i = 0; i + 1 < q.dim(); ++i) shape.push_back(q.size(i));
     check("q", q, ScalarType::Float, std::vector<int64_t>(q.dim(), -1));
@@ -56,14 +58,16 @@ struct Output {
 // The stored values beside keys, for attention into out.
 Values stored_values(const Tensor& q, PIKV_VALUE_ARGUMENTS, const Keys& keys, const Tensor& out) {
   check_wide_places(q, v, v_codes, v_scale, v_zero);
-  return ValueArguments{v, v_codes, v_scale, v_zero, v_bits}.view(keys.groups, keys.block_size, out.size(out.dim() - 1));
+  return ValueArguments{v, v_codes, v_scale, v_zero, v_bits}.view(keys.groups, keys.block_size,
+                                                                  out.size(out.dim() - 1));
 }
 #define PIKV_STORED_VALUES(q) stored_values(q, v, v_codes, v_scale, v_zero, v_bits, keys, out)
 
 }  // namespace
 
-void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids, double softmax_scale,
-                   const MaybeTensor& key_positions, const MaybeTensor& query_positions, Tensor out, Tensor lse) {
+void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
+                   double softmax_scale, const MaybeTensor& key_positions, const MaybeTensor& query_positions,
+                   Tensor out, Tensor lse) {
   STD_TORCH_CHECK(q.dim() == 3, "q: expected [groups, rows, channels]");
   const DeviceGuard guard(q.get_device_index());
   const Keys keys = PIKV_STORED_KEYS(q);
@@ -73,10 +77,10 @@ void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, co
   check_positions(key_positions, {count, keys.block_size}, query_positions, rows);
   check_places(q, block_ids, key_positions, query_positions);
   const Output to(q, count * keys.block_size, values.dim, out, lse);
-  check_launch("attend_blocks", pikv_cuda_attend_blocks(data<float>(q), rows, static_cast<float>(softmax_scale), &keys, &values,
-                                                        data<int64_t>(block_ids), count, data<int64_t>(key_positions),
-                                                        data<int64_t>(query_positions), to.splits, to.between, to.out, to.lse,
-                                                        to.stream));
+  check_launch("attend_blocks", pikv_cuda_attend_blocks(data<float>(q), rows, static_cast<float>(softmax_scale), &keys,
+                                                        &values, data<int64_t>(block_ids), count,
+                                                        data<int64_t>(key_positions), data<int64_t>(query_positions),
+                                                        to.splits, to.between, to.out, to.lse, to.stream));
 }
 
 void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
@@ -91,9 +95,9 @@ void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, co
   check_places(q, block_ids, first_blocks);
   const Output to(q, count * keys.block_size / std::max<int64_t>(1, requests), values.dim, out, lse);
   check_launch("attend_ragged",
-               pikv_cuda_attend_ragged(data<float>(q), requests, q.size(2), static_cast<float>(softmax_scale), &keys, &values,
-                                       data<int64_t>(block_ids), data<int64_t>(first_blocks), to.splits, to.between, to.out,
-                                       to.lse, to.stream));
+               pikv_cuda_attend_ragged(data<float>(q), requests, q.size(2), static_cast<float>(softmax_scale), &keys,
+                                       &values, data<int64_t>(block_ids), data<int64_t>(first_blocks), to.splits,
+                                       to.between, to.out, to.lse, to.stream));
 }
 
 void attend_at(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& key_positions,
@@ -109,13 +113,14 @@ void attend_at(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTen
   const Keys keys = raw_keys(k);
   const Values values = raw_values(v);
   const Output to(q, tokens, values.dim, out, lse);
-  check_launch("attend_at", pikv_cuda_attend_at(data<float>(q), q.size(1), static_cast<float>(softmax_scale), &keys, &values, apart,
-                                                data<int64_t>(key_positions), data<int64_t>(query_positions), to.splits,
-                                                to.between, to.out, to.lse, to.stream));
+  check_launch("attend_at",
+               pikv_cuda_attend_at(data<float>(q), q.size(1), static_cast<float>(softmax_scale), &keys, &values, apart,
+                                   data<int64_t>(key_positions), data<int64_t>(query_positions), to.splits, to.between,
+                                   to.out, to.lse, to.stream));
 }
 
-void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids, const Tensor& offsets,
-                   double softmax_scale, const MaybeTensor& read, Tensor out, Tensor lse) {
+void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
+                   const Tensor& offsets, double softmax_scale, const MaybeTensor& read, Tensor out, Tensor lse) {
   STD_TORCH_CHECK(q.dim() == 3, "q: expected [groups, rows, channels]");
   const DeviceGuard guard(q.get_device_index());
   const Keys keys = PIKV_STORED_KEYS(q);
@@ -126,10 +131,10 @@ void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, co
   if (read) check("read", *read, ScalarType::Bool, {q.size(0), count});
   check_places(q, block_ids, offsets, read);
   const Output to(q, count, values.dim, out, lse);
-  check_launch("attend_tokens", pikv_cuda_attend_tokens(data<float>(q), q.size(1), static_cast<float>(softmax_scale), &keys,
-                                                        &values, data<int64_t>(block_ids), data<int64_t>(offsets),
-                                                        data<bool>(read), count, to.splits, to.between, to.out, to.lse,
-                                                        to.stream));
+  check_launch("attend_tokens",
+               pikv_cuda_attend_tokens(data<float>(q), q.size(1), static_cast<float>(softmax_scale), &keys, &values,
+                                       data<int64_t>(block_ids), data<int64_t>(offsets), data<bool>(read), count,
+                                       to.splits, to.between, to.out, to.lse, to.stream));
 }
 
 void merge_partials(const Tensor& outs, const Tensor& lses, Tensor out, Tensor lse) {

@@ -1,9 +1,9 @@
-// Attention of a few query rows over stored tokens, as the attend_*.cu do it (flash-decoding: the tokens are split over thread
-// blocks, whose partials merge_partials.cu merges).
+// Attention of a few query rows over stored tokens, as the attend_*.cu do it (flash-decoding: the tokens are split over
+// thread blocks, whose partials merge_partials.cu merges).
 //
-// A warp takes tiles of its own: while it works on one, the next is on its way to shared memory. A lane owns a token for the
-// logits (or a part of it, where a tile has fewer than 32), and channels for the values. The warps of a thread block meet only
-// at the end, to merge what they have.
+// A warp takes tiles of its own: while it works on one, the next is on its way to shared memory. A lane owns a token
+// for the logits (or a part of it, where a tile has fewer than 32), and channels for the values. The warps of a thread
+// block meet only at the end, to merge what they have.
 #pragma once
 
 #include "values.cuh"
@@ -82,7 +82,8 @@ __device__ __forceinline__ Place place_of(const AttendWork& work, const Run& run
 
 // Starts the copies of a tile into a stage and loads what its lanes keep. rows: room for two numbers a token.
 template <bool SINGLE>
-__device__ __forceinline__ Token fetch(const AttendWork& work, const Place& place, int64_t tile, unsigned char* stage, int64_t* rows) {
+__device__ __forceinline__ Token fetch(const AttendWork& work, const Place& place, int64_t tile, unsigned char* stage,
+                                       int64_t* rows) {
   const Tile& t = work.tile;
   const int token = lane_id() % t.tokens;
   if constexpr (SINGLE) {
@@ -140,7 +141,8 @@ __global__ void __launch_bounds__(kThreads, ROWS * UNITS >= 8 ? 2 : 3) attend_ke
   load_queries<ROWS>(work.q + matrix * work.rows * dim, work.rows, first_row, dim, work.softmax_scale, q);
   const bool causal = !SINGLE && work.query_positions != nullptr;
   if (causal && threadIdx.x < ROWS)
-    query_positions[threadIdx.x] = first_row + threadIdx.x < work.rows ? work.query_positions[first_row + threadIdx.x] : 0;
+    query_positions[threadIdx.x] =
+        first_row + threadIdx.x < work.rows ? work.query_positions[first_row + threadIdx.x] : 0;
   __syncthreads();
 
   float high[ROWS], total[ROWS];  // total: this lane's tokens only
@@ -160,7 +162,8 @@ __global__ void __launch_bounds__(kThreads, ROWS * UNITS >= 8 ? 2 : 3) attend_ke
   }
   const int64_t tiles = SINGLE ? (run.count + per_tile - 1) / per_tile
                                : run.count * ((work.block_size + per_tile - 1) / per_tile);
-  const int64_t worker = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id(), workers = static_cast<int64_t>(gridDim.x) * kWarps;
+  const int64_t worker = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id(),
+                workers = static_cast<int64_t>(gridDim.x) * kWarps;
   const int64_t begin = share_begin(tiles, worker, workers), end = share_begin(tiles, worker + 1, workers);
   const bool fold = !SINGLE && work.tile.scale.bytes > 0;
   const Ownership own(work.value_dim);
@@ -193,7 +196,8 @@ __global__ void __launch_bounds__(kThreads, ROWS * UNITS >= 8 ? 2 : 3) attend_ke
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) logit[r] = 0.0f;
     }
-    if (now.live) dot_token<SINGLE, ROWS>(work.key_kind, work.tile, here, token, fold ? folded : q, dim, part, parts, logit);
+    if (now.live)
+      dot_token<SINGLE, ROWS>(work.key_kind, work.tile, here, token, fold ? folded : q, dim, part, parts, logit);
     add_parts<ROWS>(logit, per_tile);
 
 #pragma unroll
@@ -212,7 +216,8 @@ __global__ void __launch_bounds__(kThreads, ROWS * UNITS >= 8 ? 2 : 3) attend_ke
     if (part == 0) scales[token] = make_float2(now.scale, now.zero);
     const unsigned live = __ballot_sync(kAllLanes, now.live && part == 0);
     __syncwarp();
-    add_values<ROWS, UNITS>(work.value_kind, here + work.tile.values.at, work.tile.values.stride, own, live, weights, scales, sum);
+    add_values<ROWS, UNITS>(work.value_kind, here + work.tile.values.at, work.tile.values.stride, own, live, weights,
+                            scales, sum);
     __syncwarp();  // before the stage and the weights are written again
     now = next;
     stage ^= 1;
@@ -238,7 +243,8 @@ __global__ void __launch_bounds__(kThreads, ROWS * UNITS >= 8 ? 2 : 3) attend_ke
     float value = 0.0f, all = 0.0f;
     for (int w = 0; w < kWarps && highest > -INFINITY; ++w) {
       const float share = expf(highs[w * 2 * ROWS + r] - highest);
-      const float* its = reinterpret_cast<const float*>(shared + work.at.warps + w * work.at.warp_bytes + work.at.stages);
+      const float* its =
+          reinterpret_cast<const float*>(shared + work.at.warps + w * work.at.warp_bytes + work.at.stages);
       all = fmaf(share, highs[(w * 2 + 1) * ROWS + r], all);
       for (int g = 0; g < own.groups; ++g)
         value = fmaf(share, its[((r * UNITS + unit / kLanes) * kLanes + unit % kLanes + g * own.units) * 4 + j], value);
@@ -275,18 +281,18 @@ int launch_attend(AttendWork work, int splits, cudaStream_t stream) {
   return launch(attend_kernel<ROWS, UNITS, SINGLE>, grid, kThreads, static_cast<size_t>(work.at.total), stream, work);
 }
 
-// Attends, split, and merges. Of `work` the caller sets q, rows, softmax_scale, ids and what its op has besides. SINGLE: over
-// single tokens, not whole blocks.
+// Attends, split, and merges. Of `work` the caller sets q, rows, softmax_scale, ids and what its op has besides.
+// SINGLE: over single tokens, not whole blocks.
 template <bool SINGLE>
-int attend(AttendWork work, const Keys& keys, const Values& values, int splits, float* workspace, float* out, float* lse,
-           void* stream) {
+int attend(AttendWork work, const Keys& keys, const Values& values, int splits, float* workspace, float* out,
+           float* lse, void* stream) {
   work.key_kind = kind_of(keys.raw, keys.dtype, keys.hi_bits, keys.lo_bits);
   work.value_kind = kind_of(values.raw, values.dtype, values.bits, 0);
   work.groups = static_cast<int>(keys.groups), work.block_size = static_cast<int>(keys.block_size);
   work.dim = static_cast<int>(keys.dim), work.value_dim = static_cast<int>(values.dim);
   if (work.key_kind == Kind::kUnknown || work.key_kind == Kind::kCodes80 || work.value_kind == Kind::kUnknown ||
-      work.value_kind == Kind::kCodes44 || work.value_kind == Kind::kCodes22 || !dim_fits(keys.dim) || !dim_fits(values.dim) ||
-      splits < 1)
+      work.value_kind == Kind::kCodes44 || work.value_kind == Kind::kCodes22 || !dim_fits(keys.dim) ||
+      !dim_fits(values.dim) || splits < 1)
     return cudaErrorInvalidValue;
   if (work.requests == 0) work.requests = work.first_blocks ? 0 : 1;
   if (work.matrix_rows == 0) work.matrix_rows = work.block_size;

@@ -1,14 +1,14 @@
-// attend_blocks: whole blocks, the same ones for every KV head. Over the same kernels attend_ragged, every request with blocks of
-// its own, and attend_at, over raw tokens that are in no pool, as one block of each KV head.
+// attend_blocks: whole blocks, the same ones for every KV head. Over the same kernels attend_ragged, every request with
+// blocks of its own, and attend_at, over raw tokens that are in no pool, as one block of each KV head.
 
 #include "attend.cuh"
 
 namespace pikv::cuda {
 
-extern "C" int pikv_cuda_attend_blocks(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const Values* values,
-                                       const int64_t* ids, int64_t count, const int64_t* key_positions,
-                                       const int64_t* query_positions, int splits, float* workspace, float* out, float* lse,
-                                       void* stream) {
+extern "C" int pikv_cuda_attend_blocks(const float* q, int64_t rows, float softmax_scale, const Keys* keys,
+                                       const Values* values, const int64_t* ids, int64_t count,
+                                       const int64_t* key_positions, const int64_t* query_positions, int splits,
+                                       float* workspace, float* out, float* lse, void* stream) {
   AttendWork work{};
   work.q = q, work.rows = rows, work.softmax_scale = softmax_scale;
   work.ids = ids, work.count = count;
@@ -16,18 +16,20 @@ extern "C" int pikv_cuda_attend_blocks(const float* q, int64_t rows, float softm
   return attend<false>(work, *keys, *values, splits, workspace, out, lse, stream);
 }
 
-extern "C" int pikv_cuda_attend_ragged(const float* q, int64_t requests, int64_t rows, float softmax_scale, const Keys* keys,
-                                       const Values* values, const int64_t* ids, const int64_t* first_blocks, int splits,
-                                       float* workspace, float* out, float* lse, void* stream) {
+extern "C" int pikv_cuda_attend_ragged(const float* q, int64_t requests, int64_t rows, float softmax_scale,
+                                       const Keys* keys, const Values* values, const int64_t* ids,
+                                       const int64_t* first_blocks, int splits, float* workspace, float* out,
+                                       float* lse, void* stream) {
   AttendWork work{};
   work.q = q, work.requests = requests, work.rows = rows, work.softmax_scale = softmax_scale;
   work.ids = ids, work.first_blocks = first_blocks;
   return attend<false>(work, *keys, *values, splits, workspace, out, lse, stream);
 }
 
-extern "C" int pikv_cuda_attend_at(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const Values* values,
-                                   int64_t head_rows, const int64_t* key_positions, const int64_t* query_positions, int splits,
-                                   float* workspace, float* out, float* lse, void* stream) {
+extern "C" int pikv_cuda_attend_at(const float* q, int64_t rows, float softmax_scale, const Keys* keys,
+                                   const Values* values, int64_t head_rows, const int64_t* key_positions,
+                                   const int64_t* query_positions, int splits, float* workspace, float* out, float* lse,
+                                   void* stream) {
   AttendWork work{};
   work.q = q, work.rows = rows, work.softmax_scale = softmax_scale;
   work.matrix_rows = head_rows, work.count = keys->block_size > 0;

@@ -1,6 +1,6 @@
-// The CUDA side of torch.ops.pikv.*: csrc/bindings.cpp has the schemas, ops.h what is registered here. Built against torch's stable
-// ABI and CUDA's runtime alone, so that it loads under any torch, one without CUDA too. The ops take the current stream and wait
-// for nothing: block ids are not looked at. Workspace comes from torch's caching allocator.
+// The CUDA side of torch.ops.pikv.*: csrc/bindings.cpp has the schemas, ops.h what is registered here. Built against
+// torch's stable ABI and CUDA's runtime alone, so that it loads under any torch, one without CUDA too. The ops take the
+// current stream and wait for nothing: block ids are not looked at. Workspace comes from torch's caching allocator.
 
 #include <torch/csrc/stable/library.h>
 

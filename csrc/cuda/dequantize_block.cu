@@ -18,7 +18,8 @@ struct Decoding {
 __global__ void __launch_bounds__(kThreads) dequantize_block_kernel(Decoding from, int64_t words, float* y) {
   const int parts = 8 / from.hi_bits;
   const int span = static_cast<int>(from.cols) / parts, row_words = span / 4;
-  const unsigned high_mask = ((1u << from.hi_bits) - 1) * 0x01010101u, low_mask = ((1u << from.lo_bits) - 1) * 0x01010101u;
+  const unsigned high_mask = ((1u << from.hi_bits) - 1) * 0x01010101u,
+                 low_mask = ((1u << from.lo_bits) - 1) * 0x01010101u;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < words; i += step) {
     const int64_t row = i / row_words;  // of all matrices
@@ -33,16 +34,17 @@ __global__ void __launch_bounds__(kThreads) dequantize_block_kernel(Decoding fro
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int64_t at = from.per_channel ? matrix * from.cols + channel + j : row;
-        out[j] = fmaf(byte_to_float(codes, j) + from.missing, half_to_float(from.scale[at]), half_to_float(from.zero[at]));
+        out[j] =
+            fmaf(byte_to_float(codes, j) + from.missing, half_to_float(from.scale[at]), half_to_float(from.zero[at]));
       }
       *reinterpret_cast<float4*>(y + row * from.cols + channel) = make_float4(out[0], out[1], out[2], out[3]);
     }
   }
 }
 
-extern "C" int pikv_cuda_dequantize_block(const uint8_t* high, const uint8_t* low, const uint16_t* scale, const uint16_t* zero,
-                                          int64_t matrices, int64_t rows, int64_t cols, int hi_bits, int lo_bits,
-                                          bool per_channel, float* y, void* stream) {
+extern "C" int pikv_cuda_dequantize_block(const uint8_t* high, const uint8_t* low, const uint16_t* scale,
+                                          const uint16_t* zero, int64_t matrices, int64_t rows, int64_t cols,
+                                          int hi_bits, int lo_bits, bool per_channel, float* y, void* stream) {
   if (!dim_fits(cols) || !planes_fit(hi_bits, lo_bits)) return cudaErrorInvalidValue;
   const int64_t words = matrices * rows * (cols * hi_bits / 32);
   if (words == 0) return cudaSuccess;

@@ -4,8 +4,8 @@
 
 namespace pikv::cuda {
 
-__global__ void __launch_bounds__(kThreads) merge_partials_kernel(const float* outs, const float* lses, int64_t parts, int64_t rows,
-                                                                  int64_t dim, float* out, float* lse) {
+__global__ void __launch_bounds__(kThreads) merge_partials_kernel(const float* outs, const float* lses, int64_t parts,
+                                                                  int64_t rows, int64_t dim, float* out, float* lse) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id();
   if (row >= rows) return;
   const int lane = lane_id();
@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(kThreads) merge_partials_kernel(const float* o
   if (lane == 0) lse[row] = seen ? high + logf(total) : -INFINITY;
 }
 
-extern "C" int pikv_cuda_merge_partials(const float* outs, const float* lses, int64_t parts, int64_t rows, int64_t dim, float* out,
-                                        float* lse, void* stream) {
+extern "C" int pikv_cuda_merge_partials(const float* outs, const float* lses, int64_t parts, int64_t rows, int64_t dim,
+                                        float* out, float* lse, void* stream) {
   if (parts < 1) return cudaErrorInvalidValue;
   if (rows == 0) return cudaSuccess;
   return launch(merge_partials_kernel, dim3(static_cast<unsigned>((rows + kWarps - 1) / kWarps)), kThreads, 0,

@@ -1,5 +1,5 @@
-// What the CUDA side of torch.ops.pikv.* shares: places and streams of tensors, stored and raw keys and values as the launchers take
-// them. csrc/cuda/bindings.cpp registers the ops that are declared here.
+// What the CUDA side of torch.ops.pikv.* shares: places and streams of tensors, stored and raw keys and values as the
+// launchers take them. csrc/cuda/bindings.cpp registers the ops that are declared here.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,42 +15,45 @@
 #define PIKV_KEY_ARGUMENTS                                                                                       \
   const MaybeTensor &k, const MaybeTensor &k_high, const MaybeTensor &k_low, const MaybeTensor &k_scale,         \
       const MaybeTensor &k_zero, int64_t hi_bits, int64_t lo_bits
-#define PIKV_VALUE_ARGUMENTS                                                                                     \
-  const MaybeTensor &v, const MaybeTensor &v_codes, const MaybeTensor &v_scale, const MaybeTensor &v_zero, int64_t v_bits
+#define PIKV_VALUE_ARGUMENTS                                                                               \
+  const MaybeTensor &v, const MaybeTensor &v_codes, const MaybeTensor &v_scale, const MaybeTensor &v_zero, \
+      int64_t v_bits
 
 namespace pikv::cuda {
 
 void quantize_block(const Tensor& x, int64_t hi_bits, int64_t lo_bits, bool per_channel, Tensor high, MaybeTensor low,
                     Tensor scale, Tensor zero);
-void dequantize_block(const Tensor& high, const MaybeTensor& low, const Tensor& scale, const Tensor& zero, int64_t hi_bits,
-                      int64_t lo_bits, bool per_channel, Tensor y);
-void append(const Tensor& new_k, const Tensor& new_v, const Tensor& block_ids, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS);
+void dequantize_block(const Tensor& high, const MaybeTensor& low, const Tensor& scale, const Tensor& zero,
+                      int64_t hi_bits, int64_t lo_bits, bool per_channel, Tensor y);
+void append(const Tensor& new_k, const Tensor& new_v, const Tensor& block_ids, PIKV_KEY_ARGUMENTS,
+            PIKV_VALUE_ARGUMENTS);
 void prefetch(const Tensor& field, const Tensor& block_ids);
 
-void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids, double softmax_scale,
-                   const MaybeTensor& key_positions, const MaybeTensor& query_positions, Tensor out, Tensor lse);
+void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
+                   double softmax_scale, const MaybeTensor& key_positions, const MaybeTensor& query_positions,
+                   Tensor out, Tensor lse);
 void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
                    const Tensor& first_blocks, double softmax_scale, Tensor out, Tensor lse);
 void attend_at(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& key_positions,
                const MaybeTensor& query_positions, double softmax_scale, Tensor out, Tensor lse);
-void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids, const Tensor& offsets,
-                   double softmax_scale, const MaybeTensor& read, Tensor out, Tensor lse);
+void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
+                   const Tensor& offsets, double softmax_scale, const MaybeTensor& read, Tensor out, Tensor lse);
 void merge_partials(const Tensor& outs, const Tensor& lses, Tensor out, Tensor lse);
 
-void score_tokens(const Tensor& q, const MaybeTensor& k, const Tensor& k_high, const Tensor& k_scale, const Tensor& k_zero,
-                  int64_t hi_bits, int64_t lo_bits, const Tensor& block_ids, double softmax_scale, Tensor coarse,
-                  Tensor radius, Tensor spread);
+void score_tokens(const Tensor& q, const MaybeTensor& k, const Tensor& k_high, const Tensor& k_scale,
+                  const Tensor& k_zero, int64_t hi_bits, int64_t lo_bits, const Tensor& block_ids, double softmax_scale,
+                  Tensor coarse, Tensor radius, Tensor spread);
 void score_blocks(const Tensor& q, const Tensor& k_scale, const Tensor& k_zero, int64_t bits, const Tensor& block_ids,
                   double softmax_scale, Tensor bound, Tensor centre, Tensor spread);
 void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, const Tensor& block_ids, double softmax_scale, Tensor logits);
-void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, const Tensor& block_ids, double softmax_scale,
-                      Tensor importance);
+void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, const Tensor& block_ids,
+                      double softmax_scale, Tensor importance);
 void window_importance(const Tensor& q, const Tensor& lse, const Tensor& k, int64_t query_tokens, double softmax_scale,
                        Tensor importance);
 void rank_tokens(const Tensor& coarse, const Tensor& raw_lse, Tensor rank);
 void select_topk(const Tensor& scores, Tensor indices);
-void unread_mass(const Tensor& coarse, const Tensor& spread, const Tensor& radius, const Tensor& read, Tensor by_spread,
-                 Tensor by_radius);
+void unread_mass(const Tensor& coarse, double slope, const Tensor& spread, const Tensor& radius, const Tensor& read,
+                 Tensor by_spread, Tensor by_radius);
 
 // ---- shared
 
@@ -67,13 +70,14 @@ inline void* current_stream(const Tensor& x) {
 }
 
 inline void check_launch(const char* op, int status) {
-  STD_TORCH_CHECK(status != cudaErrorInvalidValue, op, ": the CUDA kernels take channels in multiples of 16 up to ", kMaxDim,
-                  " and codes of int8, int4 or int2");
+  STD_TORCH_CHECK(status != cudaErrorInvalidValue, op, ": the CUDA kernels take channels in multiples of 16 up to ",
+                  kMaxDim, " and codes of int8, int4 or int2");
   STD_TORCH_CHECK(status == cudaSuccess, op, ": ", cudaGetErrorString(static_cast<cudaError_t>(status)));
 }
 
 inline void check_place(const Tensor& first, const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == first.get_device_index(), "expected all tensors on one CUDA device");
+  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == first.get_device_index(),
+                  "expected all tensors on one CUDA device");
 }
 inline void check_place(const Tensor& first, const MaybeTensor& x) {
   if (x) check_place(first, *x);
@@ -100,8 +104,8 @@ void check_wide_places(const Tensor& first, const Tensors&... others) {
 
 // Raw tokens [G, S, channels] outside pools, whose rows follow each other; rows from one KV head to the next.
 inline int64_t head_rows(const char* name, const Tensor& x, int64_t groups, int64_t channels) {
-  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == groups && x.size(2) == channels, name, ": expected [", groups, ", tokens, ",
-                  channels, "]");
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == groups && x.size(2) == channels, name, ": expected [", groups,
+                  ", tokens, ", channels, "]");
   STD_TORCH_CHECK(x.stride(2) == 1 && x.stride(1) == channels && x.stride(0) % channels == 0, name,
                   ": expected rows that follow each other");
   return x.stride(0) / channels;
@@ -117,7 +121,8 @@ inline Keys raw_keys(const Tensor& k) {
 // The stored keys of q's KV heads, of a pool on q's device.
 inline Keys stored_keys(const Tensor& q, PIKV_KEY_ARGUMENTS) {
   check_wide_places(q, k, k_high, k_low, k_scale, k_zero);
-  return KeyArguments{k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits}.view(q.size(q.dim() - 3), q.size(q.dim() - 1));
+  return KeyArguments{k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits}.view(q.size(q.dim() - 3),
+                                                                                q.size(q.dim() - 1));
 }
 #define PIKV_STORED_KEYS(q) stored_keys(q, k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits)
 

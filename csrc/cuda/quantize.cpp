@@ -10,30 +10,32 @@ void quantize_block(const Tensor& x, int64_t hi_bits, int64_t lo_bits, bool per_
   const BlockCodes codes(x, hi_bits, lo_bits, per_channel, high, low, scale, zero);
   check_wide_places(x, x, high, low, scale, zero);
   const DeviceGuard guard(x.get_device_index());
-  check_launch("quantize_block",
-               pikv_cuda_quantize_block(x.const_data_ptr(), dtype, codes.matrices, codes.rows, codes.cols,
-                                        static_cast<int>(hi_bits), static_cast<int>(lo_bits), per_channel,
-                                        mutable_data<uint8_t>(high), low ? mutable_data<uint8_t>(*low) : nullptr,
-                                        mutable_data<uint16_t>(scale), mutable_data<uint16_t>(zero), current_stream(x)));
+  check_launch("quantize_block", pikv_cuda_quantize_block(
+                                     x.const_data_ptr(), dtype, codes.matrices, codes.rows, codes.cols,
+                                     static_cast<int>(hi_bits), static_cast<int>(lo_bits), per_channel,
+                                     mutable_data<uint8_t>(high), low ? mutable_data<uint8_t>(*low) : nullptr,
+                                     mutable_data<uint16_t>(scale), mutable_data<uint16_t>(zero), current_stream(x)));
 }
 
-void dequantize_block(const Tensor& high, const MaybeTensor& low, const Tensor& scale, const Tensor& zero, int64_t hi_bits,
-                      int64_t lo_bits, bool per_channel, Tensor y) {
+void dequantize_block(const Tensor& high, const MaybeTensor& low, const Tensor& scale, const Tensor& zero,
+                      int64_t hi_bits, int64_t lo_bits, bool per_channel, Tensor y) {
   check("y", y, ScalarType::Float, std::vector<int64_t>(y.dim(), -1));
   const BlockCodes codes(y, hi_bits, low ? lo_bits : 0, per_channel, high, low, scale, zero);
   check_wide_places(y, y, high, low, scale, zero);
   const DeviceGuard guard(y.get_device_index());
   check_launch("dequantize_block",
-               pikv_cuda_dequantize_block(data<uint8_t>(high), low ? data<uint8_t>(*low) : nullptr, data<uint16_t>(scale),
-                                          data<uint16_t>(zero), codes.matrices, codes.rows, codes.cols,
-                                          static_cast<int>(hi_bits), static_cast<int>(lo_bits), per_channel,
+               pikv_cuda_dequantize_block(data<uint8_t>(high), low ? data<uint8_t>(*low) : nullptr,
+                                          data<uint16_t>(scale), data<uint16_t>(zero), codes.matrices, codes.rows,
+                                          codes.cols, static_cast<int>(hi_bits), static_cast<int>(lo_bits), per_channel,
                                           mutable_data<float>(y), current_stream(y)));
 }
 
-void append(const Tensor& new_k, const Tensor& new_v, const Tensor& block_ids, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS) {
+void append(const Tensor& new_k, const Tensor& new_v, const Tensor& block_ids, PIKV_KEY_ARGUMENTS,
+            PIKV_VALUE_ARGUMENTS) {
   const auto blocks_of = [](const char* name, const Tensor& x) {
-    STD_TORCH_CHECK(x.dim() == 4 && x.stride(3) == 1 && x.stride(2) == x.size(3) && x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0,
-                    name, ": expected [blocks, groups, block_size, channels] whose rows follow each other");
+    STD_TORCH_CHECK(
+        x.dim() == 4 && x.stride(3) == 1 && x.stride(2) == x.size(3) && x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0,
+        name, ": expected [blocks, groups, block_size, channels] whose rows follow each other");
     const int64_t size = x.element_size();
     return Blocks{x.const_data_ptr(), x.stride(0) * size, x.stride(1) * size};
   };
@@ -63,8 +65,8 @@ void prefetch(const Tensor& field, const Tensor& block_ids) {
   check_places(field, block_ids);
   const DeviceGuard guard(field.get_device_index());
   const int64_t row_bytes = field.size(0) ? field.numel() / field.size(0) * field.element_size() : 0;
-  check_launch("prefetch", pikv_cuda_prefetch(field.const_data_ptr(), row_bytes, data<int64_t>(block_ids), block_ids.numel(),
-                                              current_stream(field)));
+  check_launch("prefetch", pikv_cuda_prefetch(field.const_data_ptr(), row_bytes, data<int64_t>(block_ids),
+                                              block_ids.numel(), current_stream(field)));
 }
 
 }  // namespace pikv::cuda

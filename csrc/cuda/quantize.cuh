@@ -1,5 +1,5 @@
-// Encoding of one matrix of tokens and channels by one thread block, as quantize_block and append do it. Two passes over the
-// matrix: the second reads what the first has left in L1. Codes are bit-equal to the reference's.
+// Encoding of one matrix of tokens and channels by one thread block, as quantize_block and append do it. Two passes
+// over the matrix: the second reads what the first has left in L1. Codes are bit-equal to the reference's.
 #pragma once
 
 #include "warp.cuh"
@@ -31,7 +31,8 @@ struct Grid {
   float zero, scale;
 };
 
-// zero is the float16 not above `least` (never -0), scale the one not below the wanted step, float16's smallest at least.
+// zero is the float16 not above `least` (never -0), scale the one not below the wanted step, float16's smallest at
+// least.
 __device__ __forceinline__ Grid grid_of(float least, float most, int levels) {
   Grid grid;
   grid.zero_bits = float_to_half_rd(least);
@@ -52,8 +53,8 @@ __device__ __forceinline__ unsigned encode_four(float4 x, float4 zero, float4 sc
   return a | b << 8 | c << 16 | d << 24;
 }
 
-// What a thread writes at a time is a unit: four bytes of a row's high plane, which hold four codes of each of `parts` parts of
-// the row's channels, and the same of the low plane.
+// What a thread writes at a time is a unit: four bytes of a row's high plane, which hold four codes of each of `parts`
+// parts of the row's channels, and the same of the low plane.
 struct Units {
   int parts, span, count, hi_bits, lo_bits;
 

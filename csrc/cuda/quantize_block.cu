@@ -17,10 +17,11 @@ __global__ void __launch_bounds__(kThreads, 8) quantize_block_kernel(const char*
     quantize_tokens<DTYPE>(from, rows, cols, to);
 }
 
-extern "C" int pikv_cuda_quantize_block(const void* x, Dtype dtype, int64_t matrices, int64_t rows, int64_t cols, int hi_bits,
-                                        int lo_bits, bool per_channel, uint8_t* high, uint8_t* low, uint16_t* scale,
-                                        uint16_t* zero, void* stream) {
-  if (!dim_fits(cols) || !planes_fit(hi_bits, lo_bits) || (lo_bits == 0) != (low == nullptr)) return cudaErrorInvalidValue;
+extern "C" int pikv_cuda_quantize_block(const void* x, Dtype dtype, int64_t matrices, int64_t rows, int64_t cols,
+                                        int hi_bits, int lo_bits, bool per_channel, uint8_t* high, uint8_t* low,
+                                        uint16_t* scale, uint16_t* zero, void* stream) {
+  if (!dim_fits(cols) || !planes_fit(hi_bits, lo_bits) || (lo_bits == 0) != (low == nullptr))
+    return cudaErrorInvalidValue;
   if (matrices == 0 || rows == 0) return cudaSuccess;
   const Codes pool{high, low, scale, zero, hi_bits, lo_bits};
   const size_t shared_bytes = per_channel ? channels_shared(cols, hi_bits) * sizeof(float) : 0;

@@ -5,7 +5,8 @@
 namespace pikv::cuda {
 
 // Grid: rows of all KV heads.
-__global__ void __launch_bounds__(kThreads) row_totals_kernel(const float* coarse, const float* raw_lse, int64_t count, float* totals) {
+__global__ void __launch_bounds__(kThreads)
+    row_totals_kernel(const float* coarse, const float* raw_lse, int64_t count, float* totals) {
   PIKV_DYNAMIC_SHARED(shared);
   const int64_t row = blockIdx.x;
   LogSum sum;
@@ -21,21 +22,23 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, head = blockIdx.y;
   if (token >= count) return;
   float sum = 0.0f;
-  for (int64_t row = head * rows; row < (head + 1) * rows; ++row) sum += expf(coarse[row * count + token] - totals[row]);
+  for (int64_t row = head * rows; row < (head + 1) * rows; ++row)
+    sum += expf(coarse[row * count + token] - totals[row]);
   rank[head * count + token] = sum;
 }
 
-extern "C" int pikv_cuda_rank_tokens(const float* coarse, const float* raw_lse, int64_t groups, int64_t rows, int64_t count,
-                                     float* workspace, float* rank, void* stream) {
+extern "C" int pikv_cuda_rank_tokens(const float* coarse, const float* raw_lse, int64_t groups, int64_t rows,
+                                     int64_t count, float* workspace, float* rank, void* stream) {
   if (groups == 0 || count == 0) return cudaSuccess;
   const auto s = static_cast<cudaStream_t>(stream);
   if (rows > 0) {
-    const int error = launch(row_totals_kernel, dim3(static_cast<unsigned>(groups * rows)), kThreads, kWarps * sizeof(LogSum), s,
-                             coarse, raw_lse, count, workspace);
+    const int error = launch(row_totals_kernel, dim3(static_cast<unsigned>(groups * rows)), kThreads,
+                             kWarps * sizeof(LogSum), s, coarse, raw_lse, count, workspace);
     if (error) return error;
   }
   const dim3 grid(static_cast<unsigned>((count + kThreads - 1) / kThreads), static_cast<unsigned>(groups));
-  return launch(rank_tokens_kernel, grid, kThreads, 0, s, coarse, static_cast<const float*>(workspace), rows, count, rank);
+  return launch(rank_tokens_kernel, grid, kThreads, 0, s, coarse, static_cast<const float*>(workspace), rows, count,
+                rank);
 }
 
 }  // namespace pikv::cuda

@@ -4,9 +4,9 @@
 
 namespace pikv::cuda {
 
-void score_tokens(const Tensor& q, const MaybeTensor& k, const Tensor& k_high, const Tensor& k_scale, const Tensor& k_zero,
-                  int64_t hi_bits, int64_t lo_bits, const Tensor& block_ids, double softmax_scale, Tensor coarse,
-                  Tensor radius, Tensor spread) {
+void score_tokens(const Tensor& q, const MaybeTensor& k, const Tensor& k_high, const Tensor& k_scale,
+                  const Tensor& k_zero, int64_t hi_bits, int64_t lo_bits, const Tensor& block_ids, double softmax_scale,
+                  Tensor coarse, Tensor radius, Tensor spread) {
   const DeviceGuard guard(q.get_device_index());
   check("q", q, ScalarType::Float, {-1, -1, -1});
   const int64_t groups = q.size(0), rows = q.size(1);
@@ -14,16 +14,17 @@ void score_tokens(const Tensor& q, const MaybeTensor& k, const Tensor& k_high, c
   const Keys keys = KeyArguments{k, high, none, scale, zero, hi_bits, lo_bits}.view(groups, q.size(2));
   const bool per_head = block_ids.dim() == 2;
   const int64_t count = block_ids.size(block_ids.dim() - 1);
-  check("block_ids", block_ids, ScalarType::Long, per_head ? std::vector<int64_t>{groups, count} : std::vector<int64_t>{count});
+  check("block_ids", block_ids, ScalarType::Long,
+        per_head ? std::vector<int64_t>{groups, count} : std::vector<int64_t>{count});
   check("coarse", coarse, ScalarType::Float, {groups, rows, count, keys.block_size});
   check("radius", radius, ScalarType::Float, {groups, rows, count});
   check("spread", spread, ScalarType::Float, {groups, rows, count});
   check_wide_places(q, high, scale, zero);
   check_places(q, k, block_ids, coarse, radius, spread);
   check_launch("score_tokens",
-               pikv_cuda_score_tokens(data<float>(q), rows, static_cast<float>(softmax_scale), &keys, data<int64_t>(block_ids),
-                                      per_head, count, mutable_data<float>(coarse), mutable_data<float>(radius),
-                                      mutable_data<float>(spread), current_stream(q)));
+               pikv_cuda_score_tokens(data<float>(q), rows, static_cast<float>(softmax_scale), &keys,
+                                      data<int64_t>(block_ids), per_head, count, mutable_data<float>(coarse),
+                                      mutable_data<float>(radius), mutable_data<float>(spread), current_stream(q)));
 }
 
 void score_blocks(const Tensor& q, const Tensor& k_scale, const Tensor& k_zero, int64_t bits, const Tensor& block_ids,
@@ -44,9 +45,9 @@ void score_blocks(const Tensor& q, const Tensor& k_scale, const Tensor& k_zero, 
   keys.scale = data<uint16_t>(k_scale), keys.zero = data<uint16_t>(k_zero);
   keys.hi_bits = static_cast<int>(bits), keys.groups = groups, keys.dim = dim;
   check_launch("score_blocks",
-               pikv_cuda_score_blocks(data<float>(q), rows, static_cast<float>(softmax_scale), &keys, data<int64_t>(block_ids),
-                                      count, mutable_data<float>(bound), mutable_data<float>(centre),
-                                      mutable_data<float>(spread), current_stream(q)));
+               pikv_cuda_score_blocks(data<float>(q), rows, static_cast<float>(softmax_scale), &keys,
+                                      data<int64_t>(block_ids), count, mutable_data<float>(bound),
+                                      mutable_data<float>(centre), mutable_data<float>(spread), current_stream(q)));
 }
 
 void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, const Tensor& block_ids, double softmax_scale, Tensor logits) {
@@ -62,8 +63,8 @@ void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, const Tensor& block_ids, do
                                                   current_stream(q)));
 }
 
-void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, const Tensor& block_ids, double softmax_scale,
-                      Tensor importance) {
+void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, const Tensor& block_ids,
+                      double softmax_scale, Tensor importance) {
   check("q", q, ScalarType::Float, {-1, -1, -1});
   const DeviceGuard guard(q.get_device_index());
   const Keys keys = PIKV_STORED_KEYS(q);
@@ -72,9 +73,10 @@ void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, co
   const int64_t count = block_ids.numel();
   check("importance", importance, ScalarType::Float, {count, keys.block_size});
   check_places(q, lse, block_ids, importance);
-  check_launch("token_importance",
-               pikv_cuda_token_importance(data<float>(q), data<float>(lse), q.size(1), static_cast<float>(softmax_scale), &keys,
-                                          data<int64_t>(block_ids), count, mutable_data<float>(importance), current_stream(q)));
+  check_launch(
+      "token_importance",
+      pikv_cuda_token_importance(data<float>(q), data<float>(lse), q.size(1), static_cast<float>(softmax_scale), &keys,
+                                 data<int64_t>(block_ids), count, mutable_data<float>(importance), current_stream(q)));
 }
 
 void window_importance(const Tensor& q, const Tensor& lse, const Tensor& k, int64_t query_tokens, double softmax_scale,
@@ -89,9 +91,10 @@ void window_importance(const Tensor& q, const Tensor& lse, const Tensor& k, int6
   check("importance", importance, ScalarType::Float, {k.size(1)});
   check_wide_places(q, k);
   check_places(q, lse, importance);
-  check_launch("window_importance",
-               pikv_cuda_window_importance(data<float>(q), data<float>(lse), rows, static_cast<float>(softmax_scale), &keys, apart,
-                                           query_tokens, mutable_data<float>(importance), current_stream(q)));
+  check_launch(
+      "window_importance",
+      pikv_cuda_window_importance(data<float>(q), data<float>(lse), rows, static_cast<float>(softmax_scale), &keys,
+                                  apart, query_tokens, mutable_data<float>(importance), current_stream(q)));
 }
 
 void rank_tokens(const Tensor& coarse, const Tensor& raw_lse, Tensor rank) {
@@ -118,8 +121,8 @@ void select_topk(const Tensor& scores, Tensor indices) {
                                                     mutable_data<int64_t>(indices), current_stream(scores)));
 }
 
-void unread_mass(const Tensor& coarse, const Tensor& spread, const Tensor& radius, const Tensor& read, Tensor by_spread,
-                 Tensor by_radius) {
+void unread_mass(const Tensor& coarse, double slope, const Tensor& spread, const Tensor& radius, const Tensor& read,
+                 Tensor by_spread, Tensor by_radius) {
   check("coarse", coarse, ScalarType::Float, {-1, -1, -1, -1});
   const DeviceGuard guard(coarse.get_device_index());
   const int64_t groups = coarse.size(0), rows = coarse.size(1), blocks = coarse.size(2), tokens = coarse.size(3);
@@ -129,8 +132,8 @@ void unread_mass(const Tensor& coarse, const Tensor& spread, const Tensor& radiu
   check("by_spread", by_spread, ScalarType::Float, {groups, rows});
   check("by_radius", by_radius, ScalarType::Float, {groups, rows});
   check_places(coarse, spread, radius, read, by_spread, by_radius);
-  check_launch("unread_mass", pikv_cuda_unread_mass(data<float>(coarse), data<float>(spread), data<float>(radius),
-                                                    data<bool>(read), groups, rows, blocks, tokens,
+  check_launch("unread_mass", pikv_cuda_unread_mass(data<float>(coarse), static_cast<float>(slope), data<float>(spread),
+                                                    data<float>(radius), data<bool>(read), groups, rows, blocks, tokens,
                                                     mutable_data<float>(by_spread), mutable_data<float>(by_radius),
                                                     current_stream(coarse)));
 }

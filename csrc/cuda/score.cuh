@@ -1,6 +1,6 @@
-// Logits of whole blocks, as score_tokens takes them from the high plane of the keys and key_logits from whole keys. A warp takes
-// tiles of its own, as in attend.cuh; the sums over channels that radius and spread need come with folding the block's scale
-// into q.
+// Logits of whole blocks, as score_tokens takes them from the high plane of the keys and key_logits from whole keys. A
+// warp takes tiles of its own, as in attend.cuh; the sums over channels that radius and spread need come with folding
+// the block's scale into q.
 #pragma once
 
 #include "tile.cuh"
@@ -37,8 +37,8 @@ struct BlockSums {
 };
 
 template <int ROWS>
-__device__ __forceinline__ void fold_and_sum(const Scoring& work, const unsigned char* stage, const float* q, float* folded,
-                                             BlockSums<ROWS>& sums) {
+__device__ __forceinline__ void fold_and_sum(const Scoring& work, const unsigned char* stage, const float* q,
+                                             float* folded, BlockSums<ROWS>& sums) {
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) sums.offset[r] = sums.reach[r] = sums.squares[r] = 0.0f;
   for (int channel = lane_id(); channel < work.dim; channel += kLanes) {
@@ -79,7 +79,8 @@ __global__ void __launch_bounds__(kThreads, ROWS == 8 ? 3 : 4) score_kernel(Scor
   const int per_tile = work.tile.tokens, per_block = (work.block_size + per_tile - 1) / per_tile;
   const int token = lane % per_tile, part = lane / per_tile, parts = kLanes / per_tile;
   const int64_t tiles = work.count * per_block;
-  const int64_t worker = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id(), workers = static_cast<int64_t>(gridDim.x) * kWarps;
+  const int64_t worker = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id(),
+                workers = static_cast<int64_t>(gridDim.x) * kWarps;
   const int64_t begin = share_begin(tiles, worker, workers), end = share_begin(tiles, worker + 1, workers);
   const bool fold = !WHOLE || work.tile.scale.bytes > 0;
   const int64_t* ids = work.ids + (work.per_head ? head * work.count : 0);
@@ -152,8 +153,8 @@ int launch_score(Scoring work, cudaStream_t stream) {
   const int64_t shares = (work.count + 4 * kWarps - 1) / (4 * kWarps);  // some four blocks a warp
   const dim3 grid(static_cast<unsigned>(shares < 1024 ? shares : 1024), static_cast<unsigned>(work.groups),
                   static_cast<unsigned>((work.rows + ROWS - 1) / ROWS));
-  return launch(score_kernel<ROWS, WHOLE>, grid, kThreads, static_cast<size_t>(work.at_warps + kWarps * work.warp_bytes), stream,
-                work);
+  return launch(score_kernel<ROWS, WHOLE>, grid, kThreads,
+                static_cast<size_t>(work.at_warps + kWarps * work.warp_bytes), stream, work);
 }
 
 // Of `work` the caller sets q, rows, softmax_scale, kind, ids, count, logits and what its op has besides.

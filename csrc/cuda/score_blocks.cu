@@ -1,5 +1,5 @@
-// score_blocks: what bounds say of blocks. A warp brings the scales and zeros of 32 blocks to shared memory; then every lane
-// sums over the channels of one of them.
+// score_blocks: what bounds say of blocks. A warp brings the scales and zeros of 32 blocks to shared memory; then every
+// lane sums over the channels of one of them.
 
 #include "tile.cuh"
 
@@ -78,12 +78,13 @@ template <int ROWS>
 int launch_score_blocks(const BlockScoring& work, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((work.count + kThreads - 1) / kThreads), static_cast<unsigned>(work.groups),
                   static_cast<unsigned>((work.rows + ROWS - 1) / ROWS));
-  return launch(score_blocks_kernel<ROWS>, grid, kThreads, static_cast<size_t>(ROWS * work.dim * 4 + kWarps * work.stage_bytes),
-                stream, work);
+  return launch(score_blocks_kernel<ROWS>, grid, kThreads,
+                static_cast<size_t>(ROWS * work.dim * 4 + kWarps * work.stage_bytes), stream, work);
 }
 
-extern "C" int pikv_cuda_score_blocks(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const int64_t* ids,
-                                      int64_t count, float* bound, float* centre, float* spread, void* stream) {
+extern "C" int pikv_cuda_score_blocks(const float* q, int64_t rows, float softmax_scale, const Keys* keys,
+                                      const int64_t* ids, int64_t count, float* bound, float* centre, float* spread,
+                                      void* stream) {
   if (!keys->scale || !keys->zero || !dim_fits(keys->dim)) return cudaErrorInvalidValue;
   if (rows == 0 || count == 0) return cudaSuccess;
   BlockScoring work{};
@@ -92,7 +93,8 @@ extern "C" int pikv_cuda_score_blocks(const float* q, int64_t rows, float softma
   work.scale = place_plane(keys->scale, 2 * keys->dim, kLanes, work.stage_bytes);
   work.zero = place_plane(keys->zero, 2 * keys->dim, kLanes, work.stage_bytes);
   work.ids = ids, work.count = count;
-  // A hair more than the codes' levels: the scale comes from a division that float32 has rounded (reference block_bounds).
+  // A hair more than the codes' levels: the scale comes from a division that float32 has rounded (reference
+  // block_bounds).
   work.levels = static_cast<float>(((1 << (keys->hi_bits + keys->lo_bits)) - 1) * (1 + 0x1p-22));
   work.rounding = static_cast<float>(4.0 * keys->dim * 0x1p-23);
   work.bound = bound, work.centre = centre, work.spread = spread;

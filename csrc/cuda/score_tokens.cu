@@ -4,8 +4,9 @@
 
 namespace pikv::cuda {
 
-extern "C" int pikv_cuda_score_tokens(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const int64_t* ids,
-                                      bool per_head, int64_t count, float* coarse, float* radius, float* spread, void* stream) {
+extern "C" int pikv_cuda_score_tokens(const float* q, int64_t rows, float softmax_scale, const Keys* keys,
+                                      const int64_t* ids, bool per_head, int64_t count, float* coarse, float* radius,
+                                      float* spread, void* stream) {
   if (!keys->high) return cudaErrorInvalidValue;
   Keys plane = *keys;  // what is read: the high plane alone
   const bool raw = keys->raw != nullptr;

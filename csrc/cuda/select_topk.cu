@@ -1,5 +1,5 @@
-// select_topk: one thread block per KV head finds the smallest score that is still among the best, a byte at a time from the most
-// significant (radix select), then writes the indices of the chosen in order.
+// select_topk: one thread block per KV head finds the smallest score that is still among the best, a byte at a time
+// from the most significant (radix select), then writes the indices of the chosen in order.
 
 #include "warp.cuh"
 
@@ -22,7 +22,8 @@ __device__ __forceinline__ unsigned ordered_bits(float x) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// Counts a digit. Scores lie close, so most lanes often have the same one: those of the first lane's digit count as one.
+// Counts a digit. Scores lie close, so most lanes often have the same one: those of the first lane's digit count as
+// one.
 __device__ __forceinline__ void count_digit(int* bins, bool counts, unsigned digit) {
   const unsigned counting = __ballot_sync(kAllLanes, counts);
   if (counting == 0) return;
@@ -54,7 +55,8 @@ __device__ __forceinline__ void find_digit(SelectShared& shared, int left) {
   shared.left = left - before;
 }
 
-__global__ void __launch_bounds__(kSelectThreads) select_topk_kernel(const float* scores, int count, int best, int64_t* indices) {
+__global__ void __launch_bounds__(kSelectThreads)
+    select_topk_kernel(const float* scores, int count, int best, int64_t* indices) {
   PIKV_DYNAMIC_SHARED(memory);
   SelectShared& shared = *reinterpret_cast<SelectShared*>(memory);
   const int thread = static_cast<int>(threadIdx.x);

@@ -1,6 +1,6 @@
-// A tile: up to 32 stored tokens of one KV head, as a warp brings them to shared memory and takes their logits. Used by every
-// kernel that reads keys. In shared memory each row is padded to an odd number of 16-byte (or 4-byte) pieces, so that lanes that
-// read the same piece of different rows meet different banks.
+// A tile: up to 32 stored tokens of one KV head, as a warp brings them to shared memory and takes their logits. Used by
+// every kernel that reads keys. In shared memory each row is padded to an odd number of 16-byte (or 4-byte) pieces, so
+// that lanes that read the same piece of different rows meet different banks.
 #pragma once
 
 #include "warp.cuh"
@@ -17,8 +17,8 @@ inline Kind kind_of(bool raw, Dtype dtype, int hi_bits, int lo_bits) {
   return hi_bits == 8 && lo_bits == 0 ? Kind::kCodes80 : Kind::kUnknown;
 }
 
-// One plane of a tile. base: its pool; bytes: of a row in the pool; stride: of a row in shared memory; at: where the plane begins
-// in a stage. No bytes: the tile has no such plane.
+// One plane of a tile. base: its pool; bytes: of a row in the pool; stride: of a row in shared memory; at: where the
+// plane begins in a stage. No bytes: the tile has no such plane.
 struct Plane {
   const uint8_t* base;
   int bytes, stride, at;
@@ -41,21 +41,23 @@ inline Plane place_plane(const void* base, int64_t bytes, int rows, int& at) {
   return plane;
 }
 
-// keys: what is read of them, codes without `raw`; values may be null. scale_rows: of scale and zero, one for all tokens of a
-// block or one a token.
+// keys: what is read of them, codes without `raw`; values may be null. scale_rows: of scale and zero, one for all
+// tokens of a block or one a token.
 inline Tile make_tile(const Keys& keys, const Values* values, int tokens, bool scale_per_token) {
   Tile tile{};
   tile.tokens = tokens;
   const int scale_rows = scale_per_token ? tokens : 1;
   const int64_t raw_bytes = keys.dim * (keys.dtype == Dtype::kFloat32 ? 4 : 2);
   const bool coded = !keys.raw;
-  tile.high = place_plane(coded ? keys.high : keys.raw, coded ? keys.dim * keys.hi_bits / 8 : raw_bytes, tokens, tile.bytes);
+  tile.high =
+      place_plane(coded ? keys.high : keys.raw, coded ? keys.dim * keys.hi_bits / 8 : raw_bytes, tokens, tile.bytes);
   tile.low = place_plane(coded ? keys.low : nullptr, keys.dim * keys.lo_bits / 8, tokens, tile.bytes);
   tile.scale = place_plane(coded ? keys.scale : nullptr, 2 * keys.dim, scale_rows, tile.bytes);
   tile.zero = place_plane(coded ? keys.zero : nullptr, 2 * keys.dim, scale_rows, tile.bytes);
   if (values) {
     const bool raw = values->raw != nullptr;
-    const int64_t bytes = raw ? values->dim * (values->dtype == Dtype::kFloat32 ? 4 : 2) : values->dim * values->bits / 8;
+    const int64_t bytes =
+        raw ? values->dim * (values->dtype == Dtype::kFloat32 ? 4 : 2) : values->dim * values->bits / 8;
     tile.values = place_plane(raw ? values->raw : values->codes, bytes, tokens, tile.bytes);
   }
   return tile;
@@ -77,13 +79,15 @@ __device__ __forceinline__ void copy_rows(unsigned char* stage, const Plane& pla
     const int pieces = plane.bytes / 16;
     for (int i = lane_id(); i < rows * pieces; i += kLanes) {
       const int row = i / pieces, piece = i - row * pieces;
-      copy_async<16>(stage + plane.at + row * plane.stride + piece * 16, plane.base + row_at(row) * plane.bytes + piece * 16);
+      copy_async<16>(stage + plane.at + row * plane.stride + piece * 16,
+                     plane.base + row_at(row) * plane.bytes + piece * 16);
     }
   } else {
     const int pieces = plane.bytes / 4;
     for (int i = lane_id(); i < rows * pieces; i += kLanes) {
       const int row = i / pieces, piece = i - row * pieces;
-      copy_async<4>(stage + plane.at + row * plane.stride + piece * 4, plane.base + row_at(row) * plane.bytes + piece * 4);
+      copy_async<4>(stage + plane.at + row * plane.stride + piece * 4,
+                    plane.base + row_at(row) * plane.bytes + piece * 4);
     }
   }
 }
@@ -118,9 +122,9 @@ __device__ __forceinline__ void dot_raw(const unsigned char* key, const float* q
 
 // Products with codes; where SCALED, with the keys that they stand for: scale, zero [dim].
 template <int HI, int LO, int WORDS, bool SCALED, int ROWS>
-__device__ __forceinline__ void dot_codes(const unsigned char* high, const unsigned char* low, const unsigned char* scale,
-                                          const unsigned char* zero, const float* q, int dim, int part, int parts,
-                                          float (&sum)[ROWS]) {
+__device__ __forceinline__ void dot_codes(const unsigned char* high, const unsigned char* low,
+                                          const unsigned char* scale, const unsigned char* zero, const float* q,
+                                          int dim, int part, int parts, float (&sum)[ROWS]) {
   constexpr int kParts = 8 / HI;
   const int span = dim / kParts;
 #pragma unroll 1
@@ -135,7 +139,8 @@ __device__ __forceinline__ void dot_codes(const unsigned char* high, const unsig
         unsigned codes = codes_of<HI>(high_words[w], p);
         if constexpr (LO > 0) codes = codes << LO | codes_of<LO>(low_words[w], p);
         const int channel = p * span + (i * WORDS + w) * 4;
-        float4 k = make_float4(byte_to_float(codes, 0), byte_to_float(codes, 1), byte_to_float(codes, 2), byte_to_float(codes, 3));
+        float4 k = make_float4(byte_to_float(codes, 0), byte_to_float(codes, 1), byte_to_float(codes, 2),
+                               byte_to_float(codes, 3));
         if constexpr (SCALED) {
           const float4 s = load_four<Dtype::kFloat16>(scale, channel), z = load_four<Dtype::kFloat16>(zero, channel);
           k = make_float4(fmaf(k.x, s.x, z.x), fmaf(k.y, s.y, z.y), fmaf(k.z, s.z, z.z), fmaf(k.w, s.w, z.w));
@@ -148,8 +153,8 @@ __device__ __forceinline__ void dot_codes(const unsigned char* high, const unsig
 
 // This lane's share (part of parts) of one token's products with every row of q [ROWS, dim].
 template <bool SCALED, int ROWS>
-__device__ __forceinline__ void dot_token(Kind kind, const Tile& tile, const unsigned char* stage, int token, const float* q,
-                                          int dim, int part, int parts, float (&sum)[ROWS]) {
+__device__ __forceinline__ void dot_token(Kind kind, const Tile& tile, const unsigned char* stage, int token,
+                                          const float* q, int dim, int part, int parts, float (&sum)[ROWS]) {
   const unsigned char* high = stage + tile.high.at + token * tile.high.stride;
   const unsigned char* low = stage + tile.low.at + token * tile.low.stride;
   const unsigned char* scale = stage + tile.scale.at + token * tile.scale.stride;
@@ -182,11 +187,11 @@ __device__ __forceinline__ void add_parts(float (&sum)[ROWS], int tokens) {
     for (int r = 0; r < ROWS; ++r) sum[r] += __shfl_xor_sync(kAllLanes, sum[r], step);
 }
 
-// The block's scale folds into q: folded [ROWS, dim] = q * scale; offset[r] = q . zero. All lanes of a warp take part and must
-// meet (__syncwarp) before they read `folded`.
+// The block's scale folds into q: folded [ROWS, dim] = q * scale; offset[r] = q . zero. All lanes of a warp take part
+// and must meet (__syncwarp) before they read `folded`.
 template <int ROWS>
-__device__ __forceinline__ void fold_scale(const Tile& tile, const unsigned char* stage, const float* q, int dim, float* folded,
-                                           float (&offset)[ROWS]) {
+__device__ __forceinline__ void fold_scale(const Tile& tile, const unsigned char* stage, const float* q, int dim,
+                                           float* folded, float (&offset)[ROWS]) {
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) offset[r] = 0.0f;
   for (int channel = 4 * lane_id(); channel < dim; channel += 4 * kLanes) {
@@ -203,10 +208,11 @@ __device__ __forceinline__ void fold_scale(const Tile& tile, const unsigned char
   for (int r = 0; r < ROWS; ++r) offset[r] = lanes_sum(offset[r]);
 }
 
-// q [rows, dim] of one KV head, rows [first, first + ROWS), times softmax_scale to shared memory; rows that are not there as
-// zeros. The whole thread block takes part and must meet before it reads.
+// q [rows, dim] of one KV head, rows [first, first + ROWS), times softmax_scale to shared memory; rows that are not
+// there as zeros. The whole thread block takes part and must meet before it reads.
 template <int ROWS>
-__device__ __forceinline__ void load_queries(const float* q, int64_t rows, int64_t first, int dim, float softmax_scale, float* to) {
+__device__ __forceinline__ void load_queries(const float* q, int64_t rows, int64_t first, int dim, float softmax_scale,
+                                             float* to) {
   for (int i = static_cast<int>(threadIdx.x); i < ROWS * dim; i += kThreads) {
     const int64_t row = first + i / dim;
     to[i] = row < rows ? q[row * dim + i % dim] * softmax_scale : 0.0f;
@@ -214,6 +220,8 @@ __device__ __forceinline__ void load_queries(const float* q, int64_t rows, int64
 }
 
 // The share of worker `index` of `workers` in `count` pieces of work.
-__device__ __forceinline__ int64_t share_begin(int64_t count, int64_t index, int64_t workers) { return count * index / workers; }
+__device__ __forceinline__ int64_t share_begin(int64_t count, int64_t index, int64_t workers) {
+  return count * index / workers;
+}
 
 }  // namespace pikv::cuda

@@ -1,6 +1,6 @@
-// token_importance: the attention that tokens of blocks receive, summed over query rows and KV heads in one order, so that equal
-// input gives equal sums. A warp takes one tile and goes through the heads and rows. Over the same kernel window_importance, over
-// raw tokens that are in no pool, the queries' own among them, as one block of each KV head.
+// token_importance: the attention that tokens of blocks receive, summed over query rows and KV heads in one order, so
+// that equal input gives equal sums. A warp takes one tile and goes through the heads and rows. Over the same kernel
+// window_importance, over raw tokens that are in no pool, the queries' own among them, as one block of each KV head.
 
 #include "tile.cuh"
 
@@ -97,16 +97,18 @@ inline int add_importance(Importance work, const Keys& keys, void* stream) {
                 static_cast<size_t>(work.at_warps + kWarps * work.warp_bytes), static_cast<cudaStream_t>(stream), work);
 }
 
-extern "C" int pikv_cuda_token_importance(const float* q, const float* lse, int64_t rows, float softmax_scale, const Keys* keys,
-                                          const int64_t* ids, int64_t count, float* importance, void* stream) {
+extern "C" int pikv_cuda_token_importance(const float* q, const float* lse, int64_t rows, float softmax_scale,
+                                          const Keys* keys, const int64_t* ids, int64_t count, float* importance,
+                                          void* stream) {
   Importance work{};
   work.q = q, work.lse = lse, work.rows = rows, work.softmax_scale = softmax_scale;
   work.ids = ids, work.count = count, work.importance = importance;
   return add_importance(work, *keys, stream);
 }
 
-extern "C" int pikv_cuda_window_importance(const float* q, const float* lse, int64_t rows, float softmax_scale, const Keys* keys,
-                                           int64_t head_rows, int64_t query_tokens, float* importance, void* stream) {
+extern "C" int pikv_cuda_window_importance(const float* q, const float* lse, int64_t rows, float softmax_scale,
+                                           const Keys* keys, int64_t head_rows, int64_t query_tokens, float* importance,
+                                           void* stream) {
   if (query_tokens < 1 || query_tokens > keys->block_size || rows % query_tokens) return cudaErrorInvalidValue;
   Importance work{};
   work.q = q, work.lse = lse, work.rows = rows, work.softmax_scale = softmax_scale;

@@ -42,12 +42,14 @@ __device__ __forceinline__ float4 load_unit(const unsigned char* row, int unit) 
       const unsigned one = row[unit];
       codes = (one | one << 6 | one << 12 | one << 18) & 0x03030303u;
     }
-    return make_float4(byte_to_float(codes, 0), byte_to_float(codes, 1), byte_to_float(codes, 2), byte_to_float(codes, 3));
+    return make_float4(byte_to_float(codes, 0), byte_to_float(codes, 1), byte_to_float(codes, 2),
+                       byte_to_float(codes, 3));
   }
 }
 
 __device__ __forceinline__ void add_scaled(float4& sum, float weight, float4 v) {
-  sum = make_float4(fmaf(weight, v.x, sum.x), fmaf(weight, v.y, sum.y), fmaf(weight, v.z, sum.z), fmaf(weight, v.w, sum.w));
+  sum = make_float4(fmaf(weight, v.x, sum.x), fmaf(weight, v.y, sum.y), fmaf(weight, v.z, sum.z),
+                    fmaf(weight, v.w, sum.w));
 }
 
 // Adds the tokens of `live` (a bit each), weighted: weights [tokens, ROWS], scales [tokens] of (scale, zero).
@@ -77,8 +79,9 @@ __device__ __forceinline__ void add_values(const unsigned char* values, int stri
 }
 
 template <int ROWS, int UNITS>
-__device__ __forceinline__ void add_values(Kind kind, const unsigned char* values, int stride, const Ownership& own, unsigned live,
-                                           const float* weights, const float2* scales, float4 (&sum)[ROWS][UNITS]) {
+__device__ __forceinline__ void add_values(Kind kind, const unsigned char* values, int stride, const Ownership& own,
+                                           unsigned live, const float* weights, const float2* scales,
+                                           float4 (&sum)[ROWS][UNITS]) {
   switch (kind) {
     case Kind::kFloat32: return add_values<Kind::kFloat32>(values, stride, own, live, weights, scales, sum);
     case Kind::kBFloat16: return add_values<Kind::kBFloat16>(values, stride, own, live, weights, scales, sum);

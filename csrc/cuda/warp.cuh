@@ -54,7 +54,8 @@ __device__ __forceinline__ float4 load_four(const void* row, int64_t at) {
     const uint16_t bits[4] = {static_cast<uint16_t>(x.x), static_cast<uint16_t>(x.x >> 16), static_cast<uint16_t>(x.y),
                               static_cast<uint16_t>(x.y >> 16)};
     if constexpr (DTYPE == Dtype::kFloat16)
-      return make_float4(half_to_float(bits[0]), half_to_float(bits[1]), half_to_float(bits[2]), half_to_float(bits[3]));
+      return make_float4(half_to_float(bits[0]), half_to_float(bits[1]), half_to_float(bits[2]),
+                         half_to_float(bits[3]));
     else
       return make_float4(bfloat16_to_float(bits[0]), bfloat16_to_float(bits[1]), bfloat16_to_float(bits[2]),
                          bfloat16_to_float(bits[3]));

@@ -1,9 +1,10 @@
 // The CUDA kernels' launchers: raw device pointers and a stream, no torch and no CUDA header. Shapes and layouts as in
 // kernels.h and pikv_megatron/ops/reference.
 //
-// Every function puts its work on the stream and returns at once: no allocation, no wait, fit for graph capture. The result
-// is a cudaError_t as an int, 0 for success; what the kernels do not cover is cudaErrorInvalidValue (1). Channels are multiples
-// of 16 and at most kMaxDim; pointers are aligned to 16 bytes; block ids and offsets are trusted.
+// Every function puts its work on the stream and returns at once: no allocation, no wait, fit for graph capture. The
+// result is a cudaError_t as an int, 0 for success; what the kernels do not cover is cudaErrorInvalidValue (1).
+// Channels are multiples of 16 and at most kMaxDim; pointers are aligned to 16 bytes; block ids and offsets are
+// trusted.
 #pragma once
 
 #include <cstdint>
@@ -16,9 +17,12 @@ constexpr int64_t kMaxDim = 256;
 constexpr int kWarps = 4;  // of a thread block; each works on blocks of its own
 
 // Floats of workspace that attend_blocks and attend_tokens need for `rows` rows (of all KV heads) and `splits` parts.
-constexpr int64_t attend_workspace(int64_t rows, int64_t value_dim, int64_t splits) { return splits * rows * (value_dim + 1); }
+constexpr int64_t attend_workspace(int64_t rows, int64_t value_dim, int64_t splits) {
+  return splits * rows * (value_dim + 1);
+}
 
-// Blocks [count, G, B, channels] of raw numbers whose rows follow each other: the bytes from one block, and one KV head, to the next.
+// Blocks [count, G, B, channels] of raw numbers whose rows follow each other: the bytes from one block, and one KV
+// head, to the next.
 struct Blocks {
   const void* x;
   int64_t block_bytes, head_bytes;
@@ -27,33 +31,35 @@ struct Blocks {
 extern "C" {
 
 // Matrices x [matrices, rows, cols] to codes; per_channel: scale, zero [matrices, cols], else [matrices, rows].
-int pikv_cuda_quantize_block(const void* x, Dtype dtype, int64_t matrices, int64_t rows, int64_t cols, int hi_bits, int lo_bits,
-                             bool per_channel, uint8_t* high, uint8_t* low, uint16_t* scale, uint16_t* zero, void* stream);
+int pikv_cuda_quantize_block(const void* x, Dtype dtype, int64_t matrices, int64_t rows, int64_t cols, int hi_bits,
+                             int lo_bits, bool per_channel, uint8_t* high, uint8_t* low, uint16_t* scale,
+                             uint16_t* zero, void* stream);
 
 // Inverse; low null with lo_bits > 0: the middle of the high plane's interval. y [matrices, rows, cols].
 int pikv_cuda_dequantize_block(const uint8_t* high, const uint8_t* low, const uint16_t* scale, const uint16_t* zero,
-                               int64_t matrices, int64_t rows, int64_t cols, int hi_bits, int lo_bits, bool per_channel, float* y,
-                               void* stream);
+                               int64_t matrices, int64_t rows, int64_t cols, int hi_bits, int lo_bits, bool per_channel,
+                               float* y, void* stream);
 
-// Encodes k [count, G, B, D] and v [count, G, B, E] of one dtype into the pool's blocks ids [count]; every plane that keys and
-// values have is written, raw ones as copies.
-int pikv_cuda_append(const Blocks* k, const Blocks* v, Dtype dtype, const Keys* keys, const Values* values, const int64_t* ids,
-                     int64_t count, void* stream);
+// Encodes k [count, G, B, D] and v [count, G, B, E] of one dtype into the pool's blocks ids [count]; every plane that
+// keys and values have is written, raw ones as copies.
+int pikv_cuda_append(const Blocks* k, const Blocks* v, Dtype dtype, const Keys* keys, const Values* values,
+                     const int64_t* ids, int64_t count, void* stream);
 
-// Attention of q [G, R, D] over blocks ids [count]; key_positions [count, B] and query_positions [R] may be null. The work is
-// split over `splits` thread blocks per KV head; workspace: attend_workspace floats. out [G, R, E], lse [G, R].
+// Attention of q [G, R, D] over blocks ids [count]; key_positions [count, B] and query_positions [R] may be null. The
+// work is split over `splits` thread blocks per KV head; workspace: attend_workspace floats. out [G, R, E], lse [G, R].
 int pikv_cuda_attend_blocks(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const Values* values,
-                            const int64_t* ids, int64_t count, const int64_t* key_positions, const int64_t* query_positions,
-                            int splits, float* workspace, float* out, float* lse, void* stream);
+                            const int64_t* ids, int64_t count, const int64_t* key_positions,
+                            const int64_t* query_positions, int splits, float* workspace, float* out, float* lse,
+                            void* stream);
 
 // The same for several requests, each over its own blocks: q [requests, G, R, D]; request i has ids[first_blocks[i],
 // first_blocks[i + 1]). out [requests, G, R, E], lse [requests, G, R].
 int pikv_cuda_attend_ragged(const float* q, int64_t requests, int64_t rows, float softmax_scale, const Keys* keys,
-                            const Values* values, const int64_t* ids, const int64_t* first_blocks, int splits, float* workspace,
-                            float* out, float* lse, void* stream);
+                            const Values* values, const int64_t* ids, const int64_t* first_blocks, int splits,
+                            float* workspace, float* out, float* lse, void* stream);
 
-// The same over raw keys [G, S, D] and values [G, S, E] outside pools, S the block_size that keys and values say, KV heads
-// `head_rows` rows apart; key_positions [S] and query_positions [R] may be null.
+// The same over raw keys [G, S, D] and values [G, S, E] outside pools, S the block_size that keys and values say, KV
+// heads `head_rows` rows apart; key_positions [S] and query_positions [R] may be null.
 int pikv_cuda_attend_at(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const Values* values,
                         int64_t head_rows, const int64_t* key_positions, const int64_t* query_positions, int splits,
                         float* workspace, float* out, float* lse, void* stream);
@@ -67,16 +73,17 @@ int pikv_cuda_attend_tokens(const float* q, int64_t rows, float softmax_scale, c
 int pikv_cuda_merge_partials(const float* outs, const float* lses, int64_t parts, int64_t rows, int64_t dim, float* out,
                              float* lse, void* stream);
 
-// Logits from the high plane of blocks ids [count], or [G, count] where per_head: coarse [G, R, count, B], radius and spread
-// [G, R, count].
-int pikv_cuda_score_tokens(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const int64_t* ids, bool per_head,
-                           int64_t count, float* coarse, float* radius, float* spread, void* stream);
+// Logits from the high plane of blocks ids [count], or [G, count] where per_head: coarse [G, R, count, B], radius and
+// spread [G, R, count].
+int pikv_cuda_score_tokens(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const int64_t* ids,
+                           bool per_head, int64_t count, float* coarse, float* radius, float* spread, void* stream);
 
 // Logits of blocks ids [count] from whole keys: logits [G, R, count * B].
-int pikv_cuda_key_logits(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const int64_t* ids, int64_t count,
-                         float* logits, void* stream);
+int pikv_cuda_key_logits(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const int64_t* ids,
+                         int64_t count, float* logits, void* stream);
 
-// What bounds say of blocks ids [count]: bound, centre, spread [G, R, count]. Of keys: scale, zero, the bits, groups, dim.
+// What bounds say of blocks ids [count]: bound, centre, spread [G, R, count]. Of keys: scale, zero, the bits, groups,
+// dim.
 int pikv_cuda_score_blocks(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const int64_t* ids,
                            int64_t count, float* bound, float* centre, float* spread, void* stream);
 
@@ -84,8 +91,8 @@ int pikv_cuda_score_blocks(const float* q, int64_t rows, float softmax_scale, co
 int pikv_cuda_token_importance(const float* q, const float* lse, int64_t rows, float softmax_scale, const Keys* keys,
                                const int64_t* ids, int64_t count, float* importance, void* stream);
 
-// The same for raw keys [G, S, D] outside pools (see attend_at), whose newest query_tokens are the queries' own; rows are heads
-// times query_tokens: importance [S].
+// The same for raw keys [G, S, D] outside pools (see attend_at), whose newest query_tokens are the queries' own; rows
+// are heads times query_tokens: importance [S].
 int pikv_cuda_window_importance(const float* q, const float* lse, int64_t rows, float softmax_scale, const Keys* keys,
                                 int64_t head_rows, int64_t query_tokens, float* importance, void* stream);
 
@@ -97,10 +104,12 @@ int pikv_cuda_rank_tokens(const float* coarse, const float* raw_lse, int64_t gro
 // Log-sum-exp over tokens that are not read [G, blocks * B] of slope * coarse [G, R, blocks, B] plus spread, and of
 // coarse plus radius [G, R, blocks]: by_spread, by_radius [G, R].
 int pikv_cuda_unread_mass(const float* coarse, float slope, const float* spread, const float* radius, const bool* read,
-                          int64_t groups, int64_t rows, int64_t blocks, int64_t block_size, float* by_spread, float* by_radius, void* stream);
+                          int64_t groups, int64_t rows, int64_t blocks, int64_t block_size, float* by_spread,
+                          float* by_radius, void* stream);
 
 // The `best` largest of scores [G, count] (no NaN) per KV head, the first of equals: indices [G, best], ascending.
-int pikv_cuda_select_topk(const float* scores, int64_t groups, int64_t count, int64_t best, int64_t* indices, void* stream);
+int pikv_cuda_select_topk(const float* scores, int64_t groups, int64_t count, int64_t best, int64_t* indices,
+                          void* stream);
 
 // Asks for rows ids [count] of `row_bytes` bytes each to be brought into L2.
 int pikv_cuda_prefetch(const void* base, int64_t row_bytes, const int64_t* ids, int64_t count, void* stream);

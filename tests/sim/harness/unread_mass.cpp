@@ -20,14 +20,14 @@ void run(int64_t groups, int64_t rows, int64_t blocks, int64_t block_size) {
       if (read[static_cast<size_t>(row / rows * count + i)]) continue;
       const double logit = coarse[static_cast<size_t>(row * count + i)];
       const size_t block = static_cast<size_t>(row * blocks + i / block_size);
-      expected += std::exp(logit + spread[block]);
+      expected += std::exp(0.9 * logit + spread[block]);
       largest += std::exp(logit + radius[block]);
     }
     true_spread.push_back(static_cast<float>(std::log(expected)));
     true_radius.push_back(static_cast<float>(std::log(largest)));
   }
-  harness::launched(pikv::cuda::pikv_cuda_unread_mass(coarse.data(), spread.data(), radius.data(), read.get(), groups,
-                                                      rows, blocks, block_size, by_spread.data(), by_radius.data(),
+  harness::launched(pikv::cuda::pikv_cuda_unread_mass(coarse.data(), 0.9f, spread.data(), radius.data(), read.get(),
+                                                      groups, rows, blocks, block_size, by_spread.data(), by_radius.data(),
                                                       nullptr));
   harness::near("by_spread", by_spread, true_spread, 1e-5f);
   harness::near("by_radius", by_radius, true_radius, 1e-5f);
