@@ -15,7 +15,7 @@ void run(int64_t matrices, int64_t rows, int64_t cols, int hi_bits, int lo_bits,
   for (int64_t i = 0; i < matrices; ++i)
     pikv::scalar_kernels()->dequantize(at(high, i, hi_bits), has_low ? at(low, i, lo_bits) : nullptr,
                                        scale.data() + i * scales, zero.data() + i * scales, rows, cols, hi_bits,
-                                       lo_bits, per_channel, expected.data() + i * size);
+                                       lo_bits, per_channel, false, expected.data() + i * size);
   harness::launched(pikv::cuda::pikv_cuda_dequantize_block(high.data(), has_low ? low.data() : nullptr, scale.data(),
                                                            zero.data(), matrices, rows, cols, hi_bits, lo_bits,
                                                            per_channel, y.data(), nullptr));

@@ -100,7 +100,7 @@ std::vector<float> StoredKeys::decoded(int64_t matrix) const {
   pikv::scalar_kernels()->dequantize(keys.high + matrix * size * keys.hi_bits / 8,
                                      keys.low ? keys.low + matrix * size * keys.lo_bits / 8 : nullptr,
                                      keys.scale + matrix * keys.dim, keys.zero + matrix * keys.dim, keys.block_size,
-                                     keys.dim, keys.hi_bits, keys.lo_bits, true, k.data());
+                                     keys.dim, keys.hi_bits, keys.lo_bits, true, false, k.data());
   return k;
 }
 
