@@ -141,6 +141,9 @@ void fetch_ahead(const Keys& keys, const Values& values, int64_t id, int64_t hea
   } else {
     plane(keys.high, keys.dim * keys.hi_bits / 8);
     plane(keys.low, keys.dim * keys.lo_bits / 8);
+    const int64_t scales = (id * keys.groups + head) * keys.dim;
+    ahead.add(reinterpret_cast<const char*>(keys.scale + scales), keys.dim * 2);
+    ahead.add(reinterpret_cast<const char*>(keys.zero + scales), keys.dim * 2);
   }
   plane(values.raw, values.dim * (values.dtype == Dtype::kFloat32 ? 4 : 2));
   plane(values.codes, values.dim * values.bits / 8);

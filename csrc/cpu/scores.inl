@@ -39,6 +39,9 @@ void score_tokens(const float* q, int64_t rows, const Keys& keys, const int64_t*
     ahead.clear();
     if (i + 1 < count) {
       const int64_t next = (ids[i + 1] * keys.groups + head) * tokens * high_bytes;
+      const int64_t next_scales = (ids[i + 1] * keys.groups + head) * dim;
+      ahead.add(reinterpret_cast<const char*>(keys.scale + next_scales), dim * 2);
+      ahead.add(reinterpret_cast<const char*>(keys.zero + next_scales), dim * 2);
       ahead.add(reinterpret_cast<const char*>(keys.high) + next, tokens * high_bytes);
     }
     if (!in_place)
@@ -92,6 +95,10 @@ void score_blocks(const float* q, int64_t rows, const Keys& keys, const int64_t*
   const float half_levels = static_cast<float>((1 << (keys.hi_bits + keys.lo_bits)) - 1) * (1 + 0x1p-22f) / 2;
   const float rounding = rounding_of(dim);
   for (int64_t i = 0; i < count; ++i) {
+    if (const int64_t next = i + 4; next < count) {
+      fetch(keys.scale, ids[next] * keys.groups + head, dim * 2);
+      fetch(keys.zero, ids[next] * keys.groups + head, dim * 2);
+    }
     key_scales(keys, ids[i], head, tile);
     for (int64_t r = 0; r < rows; ++r) {
       const float* query = q + r * q_stride;

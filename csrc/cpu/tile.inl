@@ -70,7 +70,8 @@ inline void value_row(const Values& values, int64_t row, float* y, float& scale,
   scale = from_half(values.scale[row]), zero = from_half(values.zero[row]);
 }
 
-// Memory that will be read next, fetched a few lines at a time between computations: all at once would stall them.
+// Memory that will be read next, fetched a few lines at a time between computations: all at once would stall them. Into the
+// second-level cache: in the first, it would push out what is being computed with.
 class Ahead {
  public:
   void clear() { spans_ = at_ = 0; }
@@ -86,7 +87,7 @@ class Ahead {
   void fetch() {  // up to some lines past a span's end, which harms nobody
     if (at_ == spans_) return;
     Span& span = span_[at_];
-    for (int64_t i = 0; i < lines_; ++i) __builtin_prefetch(span.from + 64 * i);
+    for (int64_t i = 0; i < lines_; ++i) __builtin_prefetch(span.from + 64 * i, 0, 2);
     span.from += 64 * lines_;
     at_ += span.from >= span.to;
   }

@@ -160,20 +160,36 @@ inline void halves_up(const float* x, int64_t count, uint16_t* y) {
   for (; i < count; ++i) y[i] = half_up(x[i]);
 }
 
-void to_float(const void* x, Dtype dtype, int64_t offset, int64_t count, float* y) {
+#if PIKV_WIDTH > 1
+// W narrow numbers as floats.
+template <Dtype type>
+inline Vec widened(const uint16_t* h) {
+#if PIKV_WIDTH == 16
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(h));
+  if constexpr (type == Dtype::kFloat16) return _mm512_cvtph_ps(bits);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+#else
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(h));
+  if constexpr (type == Dtype::kFloat16) return _mm256_cvtph_ps(bits);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+#endif
+}
+#endif
+
+template <Dtype type>
+inline void to_float(const uint16_t* h, int64_t count, float* y) {
+  int64_t i = 0;
+#if PIKV_WIDTH > 1
+  for (; i + W <= count; i += W) store(y + i, widened<type>(h + i));
+#endif
+  for (; i < count; ++i) y[i] = type == Dtype::kBFloat16 ? from_bfloat16(h[i]) : from_half(h[i]);
+}
+
+inline void to_float(const void* x, Dtype dtype, int64_t offset, int64_t count, float* y) {
   if (dtype == Dtype::kFloat32) {
     std::memcpy(y, static_cast<const float*>(x) + offset, count * sizeof(float));
     return;
   }
   const uint16_t* h = static_cast<const uint16_t*>(x) + offset;
-  if (dtype == Dtype::kBFloat16)
-    for (int64_t i = 0; i < count; ++i) y[i] = from_bfloat16(h[i]);
-  else {
-    int64_t i = 0;
-#if PIKV_WIDTH >= 8
-    for (; i + 8 <= count; i += 8)
-      _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(h + i))));
-#endif
-    for (; i < count; ++i) y[i] = from_half(h[i]);
-  }
+  dtype == Dtype::kBFloat16 ? to_float<Dtype::kBFloat16>(h, count, y) : to_float<Dtype::kFloat16>(h, count, y);
 }
