@@ -1,6 +1,8 @@
 """PiKV for Megatron-core and DeepSpeed: a KV cache for mixture-of-experts models. The public names, nothing else."""
 
+from pikv_megatron.blocks import PoolFullError
 from pikv_megatron.cache import PiKVCache
+from pikv_megatron.checks import UnknownRequestError
 from pikv_megatron.compressor import Compressor
 from pikv_megatron.config import ModelConfig, RuntimeConfig
 from pikv_megatron.config_io import ConfigError
@@ -17,7 +19,9 @@ __all__ = [
     "ExpertKVCache",
     "ModelConfig",
     "PiKVCache",
+    "PoolFullError",
     "Retrieved",
     "RuntimeConfig",
     "Streamer",
+    "UnknownRequestError",
 ]

@@ -97,16 +97,12 @@ class PiKVCache:
     def _append(self, layer_id: int, k: Tensor, v: Tensor, tokens: int, request_id: int, start: int | None) -> None:
         request = self._requests.get(request_id)
         checks.check_start(start, request.layers[layer_id].length if request else 0, request_id, layer_id)
-        created = request is None
         if request is None:
+            needed = self._sealer.needed(layer_id, None, tokens)
+            self._sealer.check_room(needed, f"request {request_id}, layer {layer_id}")
             request = self._create(request_id)
         state = request.layers[layer_id]
-        try:
-            self._sealer.make_room(state, tokens)
-        except PoolFullError:
-            if created:
-                self.release(request_id)
-            raise
+        self._sealer.make_room(state, tokens)
         state.window.append(k, v)
         state.length += tokens
         self._inherit_labels(request, state, tokens)
@@ -314,13 +310,13 @@ class PiKVCache:
                     part = BlockTable(table.pool)
                     part.extend(mine)
                     shard.setdefault(request_id, []).append(part)
-        return ExpertKVCache.view(self.model, self.runtime, layer_id, expert_id, shard)
+        return ExpertKVCache.view(self.model, self.runtime, layer_id, expert_id, shard, self.tiers)
 
     def requests(self) -> list[int]:
         """Ids of the live requests, ascending."""
         return sorted(self._requests)
 
-    def length(self, request_id: int = 0, layer_id: int = 0) -> int:
+    def length(self, layer_id: int = 0, request_id: int = 0) -> int:
         """Positions appended to a layer of a request so far."""
         return self._state(layer_id, request_id)[1].length
 

@@ -176,6 +176,14 @@ class ModelConfig:
             )
         if get("sliding_window") and get("use_sliding_window") is not False:
             raise ConfigError(f"model: sliding_window is {get('sliding_window')}; expected layers that see every token")
+        for key in ("attn_logit_softcapping", "attention_chunk_size", "attn_layer_period"):
+            if get(key):
+                raise ConfigError(f"model: {key} is {get(key)}; expected plain attention in every layer")
+        kinds = set(get("layer_types") or ()) - {"full_attention", "attention"}
+        if kinds:
+            raise ConfigError(
+                f"model: layer_types has {', '.join(sorted(kinds))}; expected full_attention in every layer"
+            )
         for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
             if get(key) is None:
                 raise ConfigError(f"model: expected {key} in the Hugging Face config, it has none")
@@ -356,12 +364,12 @@ def resolve(
     return model, runtime
 
 
-def check_same_model(given: ModelConfig, model: ModelConfig) -> None:
-    """Checks that a file's section `model` describes the model that the file is used for."""
+def check_same_model(given: ModelConfig, model: ModelConfig, what: str = "config: its section model") -> None:
+    """Checks that `what` (a file's section `model`, a cache) is for the model that it is used with."""
     names = [f.name for f in fields(ModelConfig) if getattr(given, f.name) != getattr(model, f.name)]
     if names:
         differs = ", ".join(f"{n}: {getattr(given, n)!r} here, {getattr(model, n)!r} in the model" for n in names)
-        raise ConfigError(f"config: its section model is for another model ({differs})")
+        raise ConfigError(f"{what} is for another model ({differs})")
 
 
 def _has_sections(source: object) -> TypeGuard[Mapping[str, Any]]:

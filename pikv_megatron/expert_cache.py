@@ -63,15 +63,16 @@ class ExpertKVCache:
         layer_id: int,
         expert_id: int,
         tables: dict[int, list[BlockTable]],
+        pools: list[BlockPool],
     ) -> ExpertKVCache:
-        """A read-only shard over blocks that others hold, one list of tables per request."""
+        """A read-only shard over blocks that others hold in `pools`, one list of tables per request."""
         shard = cls(model, runtime, layer_id, expert_id)
         shard._tables, shard._view = tables, True
-        pools = {table.pool for held in tables.values() for table in held}
         shard._seen = {pool: pool.generation for pool in pools}
         return shard
 
     @property
+    @keeps_tensors
     def pool(self) -> BlockPool:
         """This shard's own memory, allocated and touched at first use."""
         if self._pool is None:
@@ -80,7 +81,7 @@ class ExpertKVCache:
 
     def requests(self) -> list[int]:
         """Requests with blocks here, ascending."""
-        return sorted(self._tables)
+        return sorted(self._current())
 
     def tokens(self, request_id: int) -> int:
         return sum(len(table) for table in self._request(request_id)) * self.runtime.block_size
@@ -88,7 +89,7 @@ class ExpertKVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all blocks here, from their storage."""
-        return sum(len(table) * table.pool.block_bytes for tables in self._tables.values() for table in tables)
+        return sum(len(table) * table.pool.block_bytes for tables in self._current().values() for table in tables)
 
     @keeps_tensors
     def put(self, request_id: int, start: int, k: Tensor, v: Tensor) -> None:
@@ -170,14 +171,19 @@ class ExpertKVCache:
             table.pool.free(table.clear())
         del self._tables[request_id]
 
-    def _request(self, request_id: int) -> list[BlockTable]:
+    def _current(self) -> dict[int, list[BlockTable]]:
+        """The tables of each request. Raises RuntimeError where this is a view of what is gone."""
         if any(pool.generation != seen for pool, seen in self._seen.items()):
             raise RuntimeError(
                 f"this view of layer {self.layer_id}, expert {self.expert_id} is out of date: its cache has sealed or "
                 "released blocks since; take a new one with expert_shard"
             )
-        if request_id not in self._tables:
+        return self._tables
+
+    def _request(self, request_id: int) -> list[BlockTable]:
+        tables = self._current()
+        if request_id not in tables:
             raise UnknownRequestError(
                 f"request {request_id} has no blocks of layer {self.layer_id}, expert {self.expert_id}"
             )
-        return self._tables[request_id]
+        return tables[request_id]

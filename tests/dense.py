@@ -96,7 +96,7 @@ def float32_rounding(q: Tensor, k: Tensor, scale: float) -> Tensor:
 def attend_retrieved(cache: PiKVCache, layer_id: int, q: Tensor, request_id: int = 0) -> tuple[Tensor, Tensor]:
     """Dense attention over what the cache says that it holds now."""
     held = cache.retrieve(layer_id, request_id)
-    length = cache.length(request_id, layer_id)
+    length = cache.length(layer_id, request_id)
     queries = torch.arange(length - q.shape[0], length)
     return dense_attention(q, held.k, held.v, cache.model.scale, held.positions, queries)
 

@@ -62,9 +62,9 @@ def _still_works(cache) -> None:
         if model.num_experts:
             cache.observe_routing(layer_id, *random_routing(model, 4, rng), request_id=0)
     for request_id in cache.requests():
-        length = cache.length(request_id)
+        length = cache.length(request_id=request_id)
         step(cache, *random_kv(model, 3, rng), rng, request_id)
-        assert cache.length(request_id) == length + 3
+        assert cache.length(request_id=request_id) == length + 3
         for layer_id in range(2):
             q = random_q(model, 3, rng)
             out, _ = attend_retrieved(cache, layer_id, q, request_id)
@@ -188,7 +188,7 @@ def test_layers_that_do_not_exist(layer_id, error, name):
         "observe_routing": lambda: cache.observe_routing(layer_id, EXPERTS, WEIGHTS),
         "retrieve": lambda: cache.retrieve(layer_id),
         "expert_shard": lambda: cache.expert_shard(layer_id, 0),
-        "length": lambda: cache.length(0, layer_id),
+        "length": lambda: cache.length(layer_id),
     }[name]
     expected = "0 .. 1" if error is IndexError else "an int"
     _refuses(cache, call, error, "layer_id: expected " + expected, str(layer_id))
@@ -201,7 +201,7 @@ def test_requests_that_do_not_exist(name):
         "attend": lambda: cache.attend(0, Q, 1),
         "observe_routing": lambda: cache.observe_routing(0, EXPERTS, WEIGHTS, 1),
         "retrieve": lambda: cache.retrieve(0, 1),
-        "length": lambda: cache.length(1),
+        "length": lambda: cache.length(request_id=1),
         "release": lambda: cache.release(1),
     }[name]
     _refuses(cache, call, UnknownRequestError, "request 1 does not exist; live requests: [0, 4]")
@@ -217,7 +217,7 @@ def test_requests_that_are_no_int(request_id, name):
         "attend": lambda: cache.attend(0, Q, request_id),
         "observe_routing": lambda: cache.observe_routing(0, EXPERTS, WEIGHTS, request_id),
         "retrieve": lambda: cache.retrieve(0, request_id),
-        "length": lambda: cache.length(request_id),
+        "length": lambda: cache.length(request_id=request_id),
         "release": lambda: cache.release(request_id),
     }[name]
     _refuses(cache, call, TypeError, "request_id: expected an int", repr(request_id))
@@ -419,7 +419,7 @@ def test_a_released_request_is_gone_and_can_come_again():
         cache.release(0)
     cache.append(0, K, V, request_id=0, start=0)
     assert cache.retrieve(0).positions.tolist() == [0, 1, 2]
-    assert cache.length(0, 1) == 0
+    assert cache.length(1, 0) == 0
 
 
 def test_check_finite_can_be_switched_off():

@@ -103,7 +103,7 @@ def test_the_budget_holds_where_nobody_asks_or_tells(budget, over):
         length += tokens
         assert _device_tokens(cache, 2) <= allowed[2] + size - 1 + tokens
         assert len(cache._requests[0].layers[2].tables[0]) <= allowed_blocks(cache.model, cache.runtime)[2]
-    assert cache.length(0, 2) == length
+    assert cache.length(2) == length
     cache.release(0)
     assert_pools_free(cache)
 

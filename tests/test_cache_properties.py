@@ -125,7 +125,7 @@ class Driver:
     def tokens_with(self, layer: int, tokens: int) -> int:
         """The largest layer's tokens, all requests together, once `tokens` more are in `layer`."""
         live = self.cache.requests()
-        held = [sum(self.cache.length(r, i) for r in live) for i in range(LAYERS)]
+        held = [sum(self.cache.length(i, r) for r in live) for i in range(LAYERS)]
         held[layer] += tokens
         return max(held)
 
@@ -144,7 +144,7 @@ class Driver:
             assert snapshot(cache) == before
             return False
         self.appended.setdefault(request, [[] for _ in range(LAYERS)])[layer].append((k, v))
-        assert cache.length(request, layer) == length + tokens
+        assert cache.length(layer, request) == length + tokens
         return True
 
     def length(self, layer: int, request: int) -> int:

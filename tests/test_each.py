@@ -47,7 +47,7 @@ def test_a_step_of_all_is_that_of_each(model, runtime):
             k, v = random_kv(shape, len(order), rng)
             q, (ids, weights) = random_q(shape, len(order), rng), random_routing(model_config(), len(order), rng)
             routed = shape.label_source(layer_id) == layer_id
-            starts = [together.length(r, layer_id) for r in order]
+            starts = [together.length(layer_id, r) for r in order]
             together.append_each(layer_id, k, v, order, starts if number % 2 else None)
             out, lse = together.attend_each(layer_id, q, order)
             if routed:
@@ -102,4 +102,4 @@ def test_a_full_pool_gives_no_request_its_token():
     _refuses(cache, lambda: cache.append_each(0, k, v, (0, 1, 2)), PoolFullError, "3 tokens of 3 requests in layer 0")
     cache.release(2)
     cache.append_each(0, k[:2], v[:2], (0, 1))
-    assert [cache.length(r) for r in (0, 1)] == [16, 12]
+    assert [cache.length(request_id=r) for r in (0, 1)] == [16, 12]

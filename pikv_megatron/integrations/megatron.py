@@ -32,7 +32,7 @@ from pikv_megatron.integrations.megatron_contexts import (
     RuntimeSource,
 )
 from pikv_megatron.integrations.megatron_hooks import AttentionHook, dispatchers, hook, hooked, is_hooked, unhook
-from pikv_megatron.integrations.megatron_support import check_attention, check_config
+from pikv_megatron.integrations.megatron_support import check_attention, check_config, check_mask_type
 
 __all__ = [
     "Attachment",
@@ -192,13 +192,14 @@ def attach(model: nn.Module, config: RuntimeSource = None) -> Attachment:
     for name, layer in layers:
         if isinstance(layer, Attention):
             check_attention(name, type(layer))
+            check_mask_type(name, layer.attn_mask_type)
         elif isinstance(layer, MoELayer) and not isinstance(layer.router, TopKRouter):
             raise NotImplementedError(f"{name}.router: expected a TopKRouter, got {type(layer.router).__name__}")
     layer_id = 0
     for _, layer in layers:
         hook(layer)
         if isinstance(layer, AttentionHook):
-            layer.pikv_layer_id = layer_id
+            layer.pikv_layer_id, layer.pikv_model_cfg = layer_id, model_cfg
             layer_id += 1
     return Attachment(model, model_cfg, runtime_cfg)
 
@@ -213,7 +214,8 @@ def detach(model: nn.Module) -> None:
     if not layers:
         raise RuntimeError("model: not on PiKV, nothing to detach")
     for layer in layers:
-        vars(layer).pop("pikv_layer_id", None)
+        for name in ("pikv_layer_id", "pikv_model_cfg"):
+            vars(layer).pop(name, None)
         unhook(layer)
 
 

@@ -200,6 +200,7 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
         self._checked_mask: Tensor | None = None
 
     def segments(self, sequence: int, batch: int) -> Sequence[Segment]:
+        """Row b is request `batch_size_offset` + b. Raises ValueError where the step is larger than the context."""
         first = self.batch_size_offset
         if first + batch > self.max_batch_size:
             raise ValueError(f"batch: expected at most {self.max_batch_size} rows, got {first + batch}")
@@ -342,10 +343,11 @@ def _books(
     model, runtime, capacity = cache.model, cache.runtime, cache.capacity_tokens
     books = copy.copy(inference_config)
     tensor_parallel = transformer_config.tensor_model_parallel_size
-    if books.max_requests is None:
-        books.max_requests = runtime.max_requests // tensor_parallel * tensor_parallel
     # A prompt that is prefilled in chunks is not among Megatron's counted requests between two of its chunks.
-    live = books.max_requests + (1 if books.enable_chunked_prefill else 0)
+    uncounted = 1 if books.enable_chunked_prefill else 0
+    if books.max_requests is None:
+        books.max_requests = max(1, (runtime.max_requests - uncounted) // tensor_parallel) * tensor_parallel
+    live = books.max_requests + uncounted
     if live > runtime.max_requests:
         raise ValueError(
             f"inference_config.max_requests: {live} requests can be live at once (a prompt between two chunks counts), "

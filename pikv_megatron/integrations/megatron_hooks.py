@@ -4,15 +4,15 @@ There is one mechanism: `hooked(cls)` puts a hook in front of a host class. A sp
 to built layers through `__class__`. A hook acts only while its layer runs with a PiKV context; with any other context,
 or none (training), the host's code runs as it is. Parameters, submodules and state dict keys are the host's.
 
-Attention comes before its layer's router, so attention leaves a note of (context, layer) for the MoE layer behind it,
-per thread.
+Attention comes before its layer's router, so attention leaves a note of (context, layer) for the MoE layer behind it.
+One thread runs hooked models at a time, as it is with Megatron's own dispatchers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,9 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor, nn
 
+from pikv_megatron.config import ModelConfig, check_same_model
 from pikv_megatron.integrations.megatron_contexts import PiKVContext, PiKVInferenceContext
+from pikv_megatron.integrations.megatron_support import check_mask_type
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class _Step:
     layer_id: int
 
 
-class _Flow(threading.local):
+class _Flow:
     attended: _Step | None = None
     """Left by attention, taken by the MoE layer that follows."""
     routed: _Step | None = None
@@ -76,6 +78,8 @@ class AttentionHook(Attention):
 
     pikv_layer_id: int | None = None
     """Zero-based among the model's attention layers; None: as the layer is numbered."""
+    pikv_model_cfg: ModelConfig | None = None
+    """What a cache for this model looks like; None: as the layer's own configuration says."""
     _pikv_step: _Step | None = None
 
     def forward(
@@ -95,7 +99,7 @@ class AttentionHook(Attention):
         if not isinstance(context, PiKVContext):
             return run()
         layer_id = self.layer_number - 1 if self.pikv_layer_id is None else self.pikv_layer_id
-        self._check(context)
+        self._check(context, layer_id)
         self._pikv_step = _Step(context, layer_id)
         context.serving = True
         try:
@@ -106,9 +110,15 @@ class AttentionHook(Attention):
         _flow.attended = _Step(context, layer_id)
         return out
 
-    def _check(self, context: PiKVContext) -> None:
+    def _check(self, context: PiKVContext, layer_id: int) -> None:
         if self.training:
             raise RuntimeError("a PiKV context serves inference: call model.eval(), or train without a context")
+        check_mask_type(f"attention layer {self.layer_number}", self.attn_mask_type)
+        if layer_id == 0:  # before any layer has taken a token
+            if self.pikv_model_cfg is None:
+                self.pikv_model_cfg = ModelConfig.from_megatron(self.config)
+            ours = dataclasses.replace(context.model_cfg, softmax_scale=self.pikv_model_cfg.softmax_scale)
+            check_same_model(ours, self.pikv_model_cfg, "context: its cache")
         scale = self.config.softmax_scale or self.hidden_size_per_attention_head**-0.5
         if not math.isclose(scale, context.model_cfg.scale, rel_tol=1e-6):
             raise ValueError(
@@ -138,6 +148,7 @@ class AttentionHook(Attention):
             return super()._adjust_key_value_for_inference(
                 inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
             )
+        self._pikv_step.context.segments(query.shape[0], query.shape[1])  # a step that is too long ends here
         if rotary_pos_emb is not None:
             start = self._pikv_step.context.sequence_len_offset
             rotary_pos_emb = tuple(

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron.core.inference.config import AsyncScheduleMode, InferenceConfig, KVCacheManagementMode
 from megatron.core.transformer.attention import Attention, CrossAttention
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 
@@ -61,6 +62,16 @@ def check_attention(name: str, host: type[Attention]) -> None:
         raise NotImplementedError(
             f"{name}: PiKV follows Attention.forward, but {host.__name__} has a forward of its own"
         )
+
+
+def check_mask_type(name: str, mask_type: AttnMaskType) -> None:
+    """Refuses attention that is not causal.
+
+    Raises:
+        NotImplementedError: a mask of another kind.
+    """
+    if mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
+        raise NotImplementedError(f"{name}: PiKV serves causal attention, got attn_mask_type {mask_type.name!r}")
 
 
 def check_inference_config(config: InferenceConfig) -> None:

@@ -196,7 +196,7 @@ def test_hybrid_model(monkeypatch):
     context = handle.static_context(2, 128)
     ours = greedy_static(model, context, PROMPTS, 20)
     assert torch.equal(ours[0], expected[0]) and (ours[1] - expected[1]).abs().max() <= 1e-4
-    assert [context.cache.length(0, layer) for layer in range(4)] == [49] * 4
+    assert [context.cache.length(layer) for layer in range(4)] == [49] * 4
     # A dense attention layer takes the labels of the MoE layer before it.
     tables = [context.cache._requests[0].layers[layer].tables[0] for layer in (0, 1)]
     labels = [table.pool.label[table.tensor].tolist() for table in tables]

@@ -174,7 +174,7 @@ def test_reset_and_late_errors_leave_no_request_behind(models):
     with torch.no_grad():
         hooked(*context.current_input_and_position_ids(), None, inference_context=context)
     assert context.cache.requests() == [0, 1]
-    assert context.cache.length(1) == 30
+    assert context.cache.length(request_id=1) == 30
     context.reset()
     assert context.cache.requests() == []
     expected = greedy_dynamic(hooked, context_of(config), prompts_of(9), [6], 1)

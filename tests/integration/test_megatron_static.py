@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.transformer.enums import AttnMaskType
 from megatron_tiny import (
     RUNTIME,
     VOCABULARY,
@@ -16,12 +17,13 @@ from megatron_tiny import (
     prompts_of,
     recompute,
     serve,
+    stock_spec,
     tiny_config,
     twin,
 )
 
 from pikv_megatron.blocks import PoolFullError
-from pikv_megatron.integrations.megatron import PiKVInferenceContext, layer_spec, model_config
+from pikv_megatron.integrations.megatron import PiKVInferenceContext, attach, hook_spec, layer_spec, model_config
 
 TOLERANCE = 1e-4
 
@@ -142,10 +144,10 @@ def test_a_step_that_does_not_fit_is_refused_whole(models):
     greedy_static(hooked, context, prompts, 1)
     other = prompts_of(60)[0]
     context.cache.append(0, *(torch.zeros(50, 2, 16) for _ in "kv"), request_id=9)
-    before = [context.cache.length(row, layer) for row in range(2) for layer in range(config.num_layers)]
+    before = [context.cache.length(layer, row) for row in range(2) for layer in range(config.num_layers)]
     with pytest.raises(PoolFullError, match="20 tokens of 2 requests in every layer: needs 6 blocks"):
         feed_static(hooked, context, torch.stack([other[:10], other[10:20]]))
-    assert [context.cache.length(row, layer) for row in range(2) for layer in range(config.num_layers)] == before
+    assert [context.cache.length(layer, row) for row in range(2) for layer in range(config.num_layers)] == before
     context.cache.release(9)
     expected = forced_static(stock, StaticInferenceContext(2, 128), prompts, other[:20].view(2, 10))
     got = torch.stack([feed_static(hooked, context, other[:20].view(2, 10)[:, i : i + 1]) for i in range(10)])
@@ -272,15 +274,43 @@ class TestRefusals:
 
     def test_a_cache_for_another_model(self, models):
         hooked = models[2]
-        other = model_config(tiny_config(num_query_groups=4))
-        with pytest.raises(ValueError, match="k: expected shape"):
-            self.run(hooked, PiKVInferenceContext(other, RUNTIME))
-        other = model_config(tiny_config(softmax_scale=0.3))
-        with pytest.raises(ValueError, match="softmax_scale"):
-            self.run(hooked, PiKVInferenceContext(other, RUNTIME))
-        other = model_config(tiny_config(num_layers=2))
-        with pytest.raises(IndexError, match="layer_id"):
-            self.run(hooked, PiKVInferenceContext(other, RUNTIME))
+        for changes, message in (
+            ({"num_query_groups": 4}, "its cache is for another model .num_query_groups: 4 here, 2 in the model"),
+            ({"num_layers": 2}, "num_layers: 2 here, 3"),
+            ({"num_layers": 5}, "num_layers: 5 here, 3"),
+            ({"num_moe_experts": 4}, "num_experts: 4 here, 8"),
+            ({"moe_layer_freq": [1, 0, 0]}, "moe_layers: .0,. here, None"),
+            ({"softmax_scale": 0.3}, "softmax_scale"),
+        ):
+            context = PiKVInferenceContext(model_config(tiny_config(**changes)), RUNTIME)
+            with pytest.raises(ValueError, match=message):
+                self.run(hooked, context)
+            assert context.cache.requests() == []
+
+    def test_attention_that_is_not_causal(self):
+        config = tiny_config()
+        spec = stock_spec(config)
+        spec.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.no_mask
+        with pytest.raises(NotImplementedError, match="got attn_mask_type 'no_mask'"):
+            attach(build(config, spec))
+        with pytest.raises(NotImplementedError, match=r"attention layer 1: .* got attn_mask_type 'no_mask'"):
+            self.run(build(config, hook_spec(spec)), context_of(config))
+
+    def test_growing_too_long(self, models):
+        config, stock, hooked = models
+        prompts = torch.stack(prompts_of(30, 30))
+        context = PiKVInferenceContext(model_config(config), RUNTIME, 2, 40)
+        feed_static(hooked, context, prompts)
+        more = torch.stack(prompts_of(11, 11, seed=5))
+        with pytest.raises(
+            ValueError, match=r"max_sequence_length \(40\) tokens, got 30 in the cache and 11 new"
+        ):
+            feed_static(hooked, context, more)
+        got = [feed_static(hooked, context, more[:, i : i + 1]) for i in range(10)]
+        expected = forced_static(stock, StaticInferenceContext(2, 64), prompts, more[:, :10])
+        assert (torch.stack(got) - expected[1:]).abs().max() <= TOLERANCE
+        with pytest.raises(ValueError, match="got 40 in the cache and 1 new"):
+            feed_static(hooked, context, more[:, :1])
 
     def test_beam_search(self, models):
         with pytest.raises(NotImplementedError, match="beam"):
