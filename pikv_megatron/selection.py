@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pikv_megatron import ops
 from pikv_megatron.config_sections import AttentionConfig
+from pikv_megatron.plane_error import plane_error
 
 
 class Source(NamedTuple):
@@ -40,18 +41,6 @@ class Reading(NamedTuple):
     certificate: Tensor
     tokens_read: Tensor
     scores: list[ops.TokenScores] | None
-
-
-PLANE_ERROR = {
-    (True, 2, 0): (0.866, 0.805),
-    (False, 2, 0): (1.0, 1.0),
-    (False, 2, 2): (0.963, 1.019),
-    (False, 4, 4): (1.010, 1.083),
-}
-"""What a high plane tells of its keys, by (raw keys beside it, high bits, low bits): the slope of a key's distance from
-its block's middle upon the plane's, and the variance around that as a share of what uniform low bits would have. Those
-of normal channels in blocks of 32 tokens; uniform ones' and real keys' are within a few per cent.
-"""
 
 
 class _Kept(NamedTuple):
@@ -194,12 +183,12 @@ def _read_lse(partials: list[ops.Partial], raw_lse: Tensor) -> Tensor:
 def expect(scores: ops.TokenScores, keys: ops.Keys) -> tuple[ops.TokenScores, float]:
     """What is expected of a token whose high plane alone is known: log E[exp(logit)] = slope * coarse + spread.
 
-    The plane's end levels stand for values further in, and channels are not flat: a token is expected nearer to its
-    block's mean than the plane says, and to vary less. Both count where reading stops by the estimate.
+    A token is expected nearer to its block's mean than the plane says, see `plane_error`; that counts where reading
+    stops by the estimate.
 
     Returns: the scores with a spread that says so, and slope.
     """
-    slope, variance = PLANE_ERROR[keys.raw is not None, keys.hi_bits, keys.lo_bits]
+    slope, variance = plane_error(keys.raw is not None, keys.hi_bits, keys.lo_bits, scores.coarse.shape[-1])
     return scores._replace(spread=variance * scores.spread + (1 - slope) * scores.coarse.mean(-1)), slope
 
 

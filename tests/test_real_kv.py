@@ -78,7 +78,7 @@ class Measured(NamedTuple):
     share_read: float
 
 
-def _measure(layers: list[Captured], codec: str, attention: dict[str, Any]) -> Measured:
+def _measure(layers: list[Captured], codec: str, attention: dict[str, Any], block_size: int = 32) -> Measured:
     """Decodes the last tokens of each captured layer, holds each step to its certificate, and gathers the figures."""
     missed, estimates, certificates, shares = [], [], [], []
     for layer in layers:
@@ -87,6 +87,7 @@ def _measure(layers: list[Captured], codec: str, attention: dict[str, Any]) -> M
             num_layers=1, num_attention_heads=layer.q.shape[1], num_query_groups=groups, head_dim=dim, num_experts=0
         )
         runtime: dict[str, Any] = {"device": "cpu", "max_tokens": 1024, "max_requests": 1, "attention": attention}
+        runtime["block_size"] = block_size
         cache = PiKVCache(model, {**runtime, "codec": {"keys": codec, "values": codec}})
         first = tokens - QUERIES
         cache.append(0, layer.k[:first], layer.v[:first])
@@ -124,6 +125,14 @@ def test_the_estimate_is_close_to_the_truth_on_average(measured, codec, name):
     true, expected = _mean(measured, codec, name), _mean(measured, codec, name, "estimate")
     assert true > 1e-3
     assert expected == pytest.approx(true, rel=WITHIN[codec])
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("block_size", [8, 128])
+def test_the_estimate_is_close_in_blocks_of_other_sizes(layers, codec, block_size):
+    for name in ("top_k 12.5 %", "mass 5 %"):
+        found = _measure(layers, codec, MODES[name], block_size)
+        assert found.estimate.mean().item() == pytest.approx(found.missed.mean().item(), rel=WITHIN[codec])
 
 
 @pytest.mark.parametrize("name", ESTIMATED)

@@ -13,7 +13,8 @@ from stored import Stored, dense_rows, random_store, rows_of, store
 
 from pikv_megatron import PiKVCache, ops
 from pikv_megatron.config_sections import AttentionConfig
-from pikv_megatron.selection import PLANE_ERROR, Reading, Source, count_of, read_selected
+from pikv_megatron.plane_error import plane_error
+from pikv_megatron.selection import Reading, Source, count_of, read_selected
 
 CODECS = ("none", "int8", "int4", "int2")
 GROUPS, HEADS, DIM, SIZE, BLOCKS = 2, 3, 16, 8, 12
@@ -58,7 +59,7 @@ def _scores(q, held) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[G, R, tokens] float64: coarse; the largest logits; the expected ones, nearer to the block's mean than coarse."""
     scores = ops.score_tokens(q, held.keys, torch.arange(len(held.k)), SCALE)
     coarse, radius, spread = (x.double() for x in scores)
-    slope, variance = PLANE_ERROR[held.keys.raw is not None, held.keys.hi_bits, held.keys.lo_bits]
+    slope, variance = plane_error(held.keys.raw is not None, held.keys.hi_bits, held.keys.lo_bits, SIZE)
     mean = coarse.mean(-1, keepdim=True)
     expected = mean + slope * (coarse - mean) + variance * spread.unsqueeze(-1)
     largest = coarse + radius.unsqueeze(-1)
@@ -92,25 +93,25 @@ def _odds(missed, read_lse):
     return torch.sigmoid(missed - read_lse)
 
 
-@pytest.mark.parametrize(("raw", "hi", "lo"), PLANE_ERROR)
-def test_what_a_plane_tells_of_normal_and_of_uniform_channels(raw, hi, lo):
-    """The figures that estimates count with, measured: slope and residual variance of the keys upon their plane."""
-    slope, variance = PLANE_ERROR[raw, hi, lo]
+@pytest.mark.parametrize("size", [8, 32, 128])
+@pytest.mark.parametrize(("raw", "hi", "lo"), [(True, 2, 0), (False, 2, 0), (False, 2, 2), (False, 4, 4)])
+def test_what_a_plane_tells_of_normal_and_of_uniform_channels(raw, hi, lo, size):
+    """The figures that estimates count with, on other draws: slope and variance of the keys upon their plane."""
+    slope, variance = plane_error(raw, hi, lo, size)
     rng = generator(5)
-    for draw, close in ((torch.randn, 0.01), (torch.rand, 0.06)):
-        x = draw(400, 2, 32, 64, generator=rng)
+    for draw, close in ((torch.randn, 0.01), (torch.rand, 0.12)):
+        x = draw(12800 // size, 2, size, 64, generator=rng)
         high, low, scale, zero = ops.quantize_block(x, hi, lo, True)
         plane = ops.dequantize_block(high, None, scale, zero, hi, lo, True)
         keys = x if raw else ops.dequantize_block(high, low, scale, zero, hi, lo, True)
-        steps = 1 if raw else 2**lo
-        uniform = steps**2 / 12 if raw else (steps**2 - 1) / 12
-        middle = (zero.float() + scale.float() * (2 ** (hi + lo) - 1) / 2).unsqueeze(2)
-        off, plane_off = ((y - middle) / scale.float().unsqueeze(2) for y in (keys, plane))
+        step = scale.double().unsqueeze(2)
+        middle = zero.double().unsqueeze(2) + step * (2 ** (hi + lo) - 1) / 2
+        off, plane_off = ((y - middle) / step for y in (keys, plane))
         measured = (off * plane_off).mean() / plane_off.square().mean()
         assert measured.item() == pytest.approx(slope, abs=close)
-        if uniform:
-            left = (off - measured * plane_off).square().mean() / uniform
-            assert left.item() == pytest.approx(variance, abs=close)
+        if raw or lo:
+            left = (off - measured * plane_off).square().mean() / ((1 if raw else 4**lo - 1) / 12)
+            assert left.item() == pytest.approx(variance, abs=2 * close)
 
 
 def test_counts():

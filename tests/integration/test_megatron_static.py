@@ -302,9 +302,7 @@ class TestRefusals:
         context = PiKVInferenceContext(model_config(config), RUNTIME, 2, 40)
         feed_static(hooked, context, prompts)
         more = torch.stack(prompts_of(11, 11, seed=5))
-        with pytest.raises(
-            ValueError, match=r"max_sequence_length \(40\) tokens, got 30 in the cache and 11 new"
-        ):
+        with pytest.raises(ValueError, match=r"max_sequence_length \(40\) tokens, got 30 in the cache and 11 new"):
             feed_static(hooked, context, more)
         got = [feed_static(hooked, context, more[:, i : i + 1]) for i in range(10)]
         expected = forced_static(stock, StaticInferenceContext(2, 64), prompts, more[:, :10])
