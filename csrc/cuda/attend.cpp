@@ -15,13 +15,11 @@ void check_positions(const MaybeTensor& of_keys, const std::vector<int64_t>& sha
 
 // Thread blocks per KV head: some two per processor in all, but none with less than a tile for each of its warps.
 int splits_for(const Tensor& q, int64_t tokens) {
-  int processors = 0;
-  check_launch("attend", cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, q.get_device_index()));
   const int64_t rows = q.size(q.dim() - 2);
   int64_t pieces = (rows + 7) / 8;  // of rows, for each KV head of each request
   for (int64_t i = 0; i + 2 < q.dim(); ++i) pieces *= q.size(i);
   const int64_t most = (tokens + 32 * kWarps - 1) / (32 * kWarps);
-  return static_cast<int>(std::max<int64_t>(1, std::min(2 * processors / std::max<int64_t>(1, pieces), most)));
+  return static_cast<int>(std::max<int64_t>(1, std::min(2 * processors(q) / std::max<int64_t>(1, pieces), most)));
 }
 
 Values raw_values(const Tensor& v) {

@@ -6,7 +6,9 @@
 
 #include "ops.h"
 
-STABLE_TORCH_LIBRARY_IMPL(pikv, CUDA, m) {
+#define PIKV_IMPLEMENT(key) STABLE_TORCH_LIBRARY_IMPL(pikv, key, m)
+
+PIKV_IMPLEMENT(PIKV_DISPATCH_KEY) {
   m.impl("quantize_block_out", TORCH_BOX(&pikv::cuda::quantize_block));
   m.impl("dequantize_block_out", TORCH_BOX(&pikv::cuda::dequantize_block));
   m.impl("append_out", TORCH_BOX(&pikv::cuda::append));

@@ -2,13 +2,12 @@
 // launchers take them. csrc/cuda/bindings.cpp registers the ops that are declared here.
 #pragma once
 
-#include <cuda_runtime_api.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <vector>
 
+#include "device.h"
 #include "pikv/arguments.h"
 #include "pikv/cuda.h"
 
@@ -57,27 +56,14 @@ void unread_mass(const Tensor& coarse, double slope, const Tensor& spread, const
 
 // ---- shared
 
-using DeviceGuard = torch::stable::accelerator::DeviceGuard;
-
-inline void* current_stream(const Tensor& x) {
-  StreamHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_stream(x.get_device_index(), &handle));
-  void* stream = nullptr;
-  const auto status = torch_stream_native_handle(handle, &stream);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_delete_stream(handle));
-  STABLE_TORCH_ERROR_CODE_CHECK(status);
-  return stream;
-}
-
 inline void check_launch(const char* op, int status) {
-  STD_TORCH_CHECK(status != cudaErrorInvalidValue, op, ": the CUDA kernels take channels in multiples of 16 up to ",
-                  kMaxDim, " and codes of int8, int4 or int2");
-  STD_TORCH_CHECK(status == cudaSuccess, op, ": ", cudaGetErrorString(static_cast<cudaError_t>(status)));
+  STD_TORCH_CHECK(status != kInvalidValue, op, ": the CUDA kernels take channels in multiples of 16 up to ", kMaxDim,
+                  " and codes of int8, int4 or int2");
+  STD_TORCH_CHECK(status == 0, op, ": ", error_text(status));
 }
 
 inline void check_place(const Tensor& first, const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == first.get_device_index(),
-                  "expected all tensors on one CUDA device");
+  STD_TORCH_CHECK(on_one_device(first, x), "expected all tensors on one CUDA device");
 }
 inline void check_place(const Tensor& first, const MaybeTensor& x) {
   if (x) check_place(first, *x);
