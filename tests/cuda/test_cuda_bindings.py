@@ -1,5 +1,5 @@
-"""The bindings of the CUDA kernels, without a device: built for the simulator, they take the place of the CPU's ops in a
-process of their own, where the suite of the ops runs on them.
+"""The bindings of the CUDA kernels, without a device: built for the simulator, they take the place of the CPU's ops in
+a process of their own, where the suite of the ops runs on them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import sys
 import pytest, torch
 import pikv_megatron.ops
 torch.ops.load_library(sys.argv[1])
-sys.exit(pytest.main(["tests/ops", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", "scalar and not test_shapes_and_bytes"]))
+names = "scalar and not test_shapes_and_bytes"
+sys.exit(pytest.main(["tests/ops", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", names]))
 """
 
 
