@@ -40,7 +40,7 @@ def faults(request, tmp_path_factory):
         if hasattr(item, "callspec")
         for run in item.callspec.params.get("runs", [])
     ]
-    wanted = [run for run in runs if run.tool != "ptx" or simulate.nvcc()]
+    wanted = [run for run in runs if simulate.nvcc() or not harnesses.needs_nvcc(run.tool)]
     pool = ThreadPoolExecutor(simulate.COMPILERS)
     yield {run: pool.submit(run.fault, tmp_path_factory.mktemp("mutant")) for run in wanted}
     pool.shutdown(cancel_futures=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -29,6 +30,8 @@ TOOLS = {
     "thread": ("fibers", "thread"),
     "address": ("fibers", "address"),
 }
+# The sanitizers over translated PTX, for the kernels as they are.
+PTX_TOOLS = {"ptx-thread": ("ptx", "thread"), "ptx-address": ("ptx", "address")}
 SEEDS = ["0", "1", "2", "3"]
 ENVIRONMENT = {
     "TSAN_OPTIONS": "halt_on_error=1 exitcode=66",
@@ -50,7 +53,7 @@ class Run(NamedTuple):
 
     def _build(self, folder: Path) -> Path:
         kernels = KERNELS if self.mutant is None else mutated(MUTANTS[self.mutant], folder / self.mutant)
-        simulator, sanitizer = TOOLS[self.tool]
+        simulator, sanitizer = (TOOLS | PTX_TOOLS)[self.tool]
         used = [self.op, "merge_partials"] if self.op.startswith("attend") else [self.op]
         sources = [
             *(HARNESS / f"{name}.cpp" for name in ("harness", self.op)),
@@ -60,9 +63,14 @@ class Run(NamedTuple):
         return simulate.build(sources, simulator=simulator, sanitizer=sanitizer, executable=True)
 
 
+def needs_nvcc(tool: str) -> bool:
+    """Whether a tool runs PTX."""
+    return tool.startswith("ptx")
+
+
 def skip_without_nvcc(tool: str) -> None:
     """Skips the test where `tool` needs nvcc and there is none."""
-    if tool == "ptx" and simulate.nvcc() is None:
+    if needs_nvcc(tool) and simulate.nvcc() is None:
         pytest.skip("no nvcc here: it makes the PTX that this simulator runs")
 
 
@@ -76,12 +84,27 @@ def mutated(mutant: dict[str, str], folder: Path) -> Path:
     return folder
 
 
+@functools.cache
+def fixed_addresses() -> list[str]:
+    """What a command begins with so that memory lies at the same addresses each time, as older TSans need it."""
+    prefix = ["setarch", "-R"]
+    works = (
+        shutil.which(prefix[0]) and subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode == 0
+    )
+    return prefix if works else []
+
+
+def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A program that a sanitizer may watch; TimeoutExpired after two minutes."""
+    command = [*fixed_addresses(), str(program), *arguments]
+    environment = os.environ | ENVIRONMENT
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
+
+
 def fault(program: Path) -> str | None:
     """What a harness has against its kernel."""
     try:
-        result = subprocess.run(
-            [program, *SEEDS], capture_output=True, text=True, check=False, timeout=120, env=os.environ | ENVIRONMENT
-        )
+        result = run(program, *SEEDS)
     except subprocess.TimeoutExpired:
         return "hangs"
     if result.returncode == 0:

@@ -12,8 +12,8 @@ LONG_TO_COMPILE = {"append", "attend_blocks", "attend_tokens", "quantize_block",
 def cases():
     """Every op by every tool. By default by the sanitizers, which see a wrong result too; ASan where that is quick."""
     for op in harnesses.OPS:
-        for tool in harnesses.TOOLS:
-            slow = tool in ("fibers", "ptx") or (tool == "address" and op in LONG_TO_COMPILE)
+        for tool in harnesses.TOOLS | harnesses.PTX_TOOLS:
+            slow = tool != "thread" and (tool != "address" or op in LONG_TO_COMPILE)
             yield pytest.param((Run(op, tool),), marks=[pytest.mark.slow] if slow else [], id=f"{op}-{tool}")
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import harnesses
@@ -24,8 +22,6 @@ def program(simulator):
 @pytest.mark.parametrize("racy", [True, False])
 @pytest.mark.parametrize("which", range(len(KERNELS)), ids=[name.replace(" ", "-") for name in KERNELS])
 def test_races_are_told_from_order(program, which, racy):
-    command = [program, str(which), str(int(racy)), "1"]
-    environment = os.environ | harnesses.ENVIRONMENT
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    result = harnesses.run(program, str(which), str(int(racy)), "1")
     assert ("ThreadSanitizer: data race" in result.stderr) == racy
     assert (result.returncode == 0) != racy
