@@ -129,7 +129,42 @@ __global__ void pass_on_kernel(const int* x, int rounds, int* y) {
   y[i] = value;
 }
 
+// What kernels do with numbers, one of each: whole [kWholes, count] and real [kReals, count].
+constexpr int kWholes = 13, kReals = 7;
+__global__ void numbers_kernel(const int* a, const int* b, const float* x, const float* y, int count, int64_t* whole,
+                               float* real) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (i >= count) return;
+  const int p = a[i], q = b[i];
+  const unsigned u = static_cast<unsigned>(p), v = static_cast<unsigned>(q);
+  const float r = x[i], s = y[i];
+  const int64_t wide = static_cast<int64_t>(p) * 1000003 + q;
+  const int64_t wholes[kWholes] = {
+      p / q,
+      p % q,
+      u / v,
+      u % v,
+      static_cast<int64_t>(p) * q,
+      wide / q,
+      wide % q,
+      p >> (q & 31),
+      (u >> (v & 31)) ^ (u << (v & 31)),
+      __popc(u) * 10000 + __clz(p) * 100 + __ffs(p),
+      __byte_perm(u, v, u & 0x7777u),
+      (r < s) | (r <= s) << 1 | (r == s) << 2 | (r != s) << 3 | !(r < s) << 4 | !(r >= s) << 5 | !(r > s) << 6,
+      static_cast<int64_t>(max(p, q)) - min(p, q) + static_cast<int>(r) + static_cast<int>(rintf(r)),
+  };
+  const float reals[kReals] = {expf(r),     logf(fabsf(r)),  sqrtf(fabsf(r)), fminf(r, s),
+                               fmaxf(r, s), __fdiv_rn(r, s), floorf(r)};
+  for (int k = 0; k < kWholes; ++k) whole[k * count + i] = wholes[k];
+  for (int k = 0; k < kReals; ++k) real[k * count + i] = reals[k];
+}
+
 extern "C" {
+
+int trial_numbers(const int* a, const int* b, const float* x, const float* y, int count, int64_t* whole, float* real) {
+  return launch(numbers_kernel, dim3(1), 1024, 0, nullptr, a, b, x, y, count, whole, real);
+}
 
 int trial_reduce(const float* x, int64_t count, float* sums) {
   const unsigned blocks = static_cast<unsigned>((count + kThreads - 1) / kThreads);

@@ -95,6 +95,56 @@ def test_half_conversions_of_every_half_and_what_lies_between(run):
     np.testing.assert_array_equal(np.where(next_up == 0, 0, next_up), np.where(above[between] == 0, 0, above[between]))
 
 
+def bits(x, start, count):
+    return (x >> start) & ((1 << count) - 1)
+
+
+def divided(a, b):
+    """a / b towards zero, as C has it."""
+    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+
+
+def whole_numbers(p, q, r, s):
+    """What numbers_kernel does with two ints and two floats, in Python's own numbers."""
+    u, v = p % 2**32, q % 2**32
+    wide = p * 1000003 + q
+    chosen = [bits(v << 32 | u, 8 * bits(u, 4 * i, 3), 8) for i in range(4)]
+    return [
+        divided(p, q),
+        p - q * divided(p, q),
+        u // v,
+        u % v,
+        p * q,
+        divided(wide, q),
+        wide - q * divided(wide, q),
+        p >> (q & 31),
+        (u >> (v & 31)) ^ (u << (v & 31)) % 2**32,
+        u.bit_count() * 10000 + (32 - u.bit_length()) * 100 + (u & -u).bit_length(),
+        sum(byte << 8 * i for i, byte in enumerate(chosen)),
+        sum(truth << i for i, truth in enumerate([r < s, r <= s, r == s, r != s, not r < s, not r >= s, not r > s])),
+        max(p, q) - min(p, q) + int(r) + round(r),
+    ]
+
+
+def test_numbers(run):
+    rng = np.random.default_rng(7)
+    count = 1000
+    a, b = rng.integers(-(2**31), 2**31, (2, count)) >> rng.integers(0, 31, (2, count))
+    a, b = a.astype(np.int32), np.where(b == 0, 7, b).astype(np.int32)
+    x, y = rng.uniform(-50, 50, (2, count)).astype(np.float32)
+    y[::7], y[::11], x[::13] = x[::7], np.nan, np.round(x[::13]) + 0.5
+    whole, real = np.zeros((13, count), np.int64), np.zeros((7, count), np.float32)
+    run("numbers", a, b, x, y, count, whole, real)
+    expected = [whole_numbers(*numbers) for numbers in zip(a.tolist(), b.tolist(), x.tolist(), y.tolist(), strict=True)]
+    np.testing.assert_array_equal(whole, np.array(expected, np.int64).T)
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(real[0], np.exp(wide), rtol=2e-6)
+    np.testing.assert_allclose(real[1], np.log(np.abs(wide)), rtol=1e-6, atol=1e-7)
+    with np.errstate(invalid="ignore"):
+        exact = [np.sqrt(np.abs(x)), np.fmin(x, y), np.fmax(x, y), x / y, np.floor(x)]
+    np.testing.assert_array_equal(real[2:], np.array(exact))
+
+
 def test_dp4a(run):
     rng = np.random.default_rng(5)
     a, b = rng.integers(-128, 128, (8, 4 * 45)).astype(np.int8), rng.integers(-128, 128, 4 * 45).astype(np.int8)
