@@ -1,0 +1,14 @@
+// A launcher whose kernel exists in PTX alone, which test_sim_instructions.py writes by hand: no nvcc is needed.
+
+#define PIKV_SIM_PTX
+#include "pikv/portable.cuh"
+
+namespace pikv::trial {
+
+__global__ void instructions_kernel(unsigned*) {}
+
+extern "C" int trial_instructions(unsigned* results) {
+  return launch(instructions_kernel, dim3(1), 1, 0, nullptr, results);
+}
+
+}  // namespace pikv::trial
