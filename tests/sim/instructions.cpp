@@ -5,10 +5,10 @@
 
 namespace pikv::trial {
 
-__global__ void instructions_kernel(unsigned*) {}
+__global__ void instructions_kernel(const unsigned*, unsigned*) {}
 
-extern "C" int trial_instructions(unsigned* results) {
-  return launch(instructions_kernel, dim3(1), 1, 0, nullptr, results);
+extern "C" int trial_instructions(const unsigned* operands, unsigned* results) {
+  return launch(instructions_kernel, dim3(1), 1, 0, nullptr, operands, results);
 }
 
 }  // namespace pikv::trial

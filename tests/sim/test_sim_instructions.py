@@ -84,22 +84,30 @@ INSTRUCTIONS = [
 
 
 def ptx_of(instructions):
-    """A kernel that writes the results of instructions to its parameter, one after another."""
-    body = []
+    """A kernel that takes operands from its first parameter and writes results to its second, one after another."""
+    body, at = [], 0
     for i, (name, operands, _) in enumerate(instructions):
         source = name.split(".")[-1]
         target = name.split(".")[-2] if name.startswith("cvt.") else source
         if name.startswith(("shl", "shr", "bfi", "bfe", "prmt")):
             source = target = "b32"
         registers = [f"%{'f' if source == 'f32' else 'r'}{k + 1}" for k in range(len(operands))]
-        body += [f"mov.b32 {register}, {bits};" for register, bits in zip(registers, operands, strict=True)]
+        kind = "f32" if source == "f32" else "u32"
+        for register in registers:
+            body.append(f"ld.global.{kind} {register}, [%rd1+{at}];")
+            at += 4
         result = "%f0" if target == "f32" else "%r0"
         body.append(f"{name} {result}, {', '.join(registers)};")
-        body.append(f"st.global.{'f32' if target == 'f32' else 'u32'} [%rd1+{4 * i}], {result};")
-    kernel = "_ZN4pikv5trial19instructions_kernelEPj"
-    registers = ".reg .b32 %r<8>; .reg .f32 %f<8>; .reg .b64 %rd<2>;"
-    lines = [registers, f"ld.param.u64 %rd1, [{kernel}_param_0];", *body, "ret;"]
-    return f".visible .entry {kernel}(.param .u64 {kernel}_param_0)\n{{\n" + "\n".join(lines) + "\n}\n"
+        body.append(f"st.global.{'f32' if target == 'f32' else 'u32'} [%rd2+{4 * i}], {result};")
+    kernel = "_ZN4pikv5trial19instructions_kernelEPKjPj"
+    parameters = ", ".join(f".param .u64 {kernel}_param_{k}" for k in range(2))
+    lines = [
+        ".reg .b32 %r<8>; .reg .f32 %f<8>; .reg .b64 %rd<3>;",
+        *(f"ld.param.u64 %rd{k + 1}, [{kernel}_param_{k}];" for k in range(2)),
+        *body,
+        "ret;",
+    ]
+    return f".visible .entry {kernel}({parameters})\n{{\n" + "\n".join(lines) + "\n}\n"
 
 
 def test_instructions(tmp_path):
@@ -107,8 +115,10 @@ def test_instructions(tmp_path):
     translated.write_text(ptx2cpp.translate(ptx_of(INSTRUCTIONS)))
     launcher = Path(__file__).resolve().parent / "instructions.cpp"
     library = simulate.load(simulate.build([launcher, translated], simulator="ptx"))
+    operands = np.array([bits for _, given, _ in INSTRUCTIONS for bits in given], np.uint32)
     results = np.zeros(len(INSTRUCTIONS), np.uint32)
-    simulate.check(library, library.trial_instructions(results.ctypes.data_as(c_void_p)))
+    pointers = [array.ctypes.data_as(c_void_p) for array in (operands, results)]
+    simulate.check(library, library.trial_instructions(*pointers))
     cases = zip(INSTRUCTIONS, results.tolist(), strict=True)
     wrong = [(name, list(map(hex, given)), hex(got)) for (name, given, bits), got in cases if got != bits]
     assert wrong == []
