@@ -94,11 +94,32 @@ class Attention:
         keys_at = raw_positions(raw.tokens, self._runtime.sinks, state.sealed_end, device)
         queries_at = torch.arange(state.length - tokens, state.length, device=device).repeat(rows.shape[1] // tokens)
         parts = [ops.attend_at(rows, raw.k, raw.v, keys_at, queries_at, scale)]
+        blocks_at = []
         for table, s in zip(sealed, sources, strict=True):
             starts = table.pool.start.index_select(0, table.tensor).to(device)
-            block_at = starts.unsqueeze(1) + torch.arange(s.block_size, device=device)
-            parts.append(ops.attend_blocks(rows, s.keys, s.values, s.block_ids, scale, block_at, queries_at))
-        return ops.merge_partials(parts)
+            blocks_at.append(starts.unsqueeze(1) + torch.arange(s.block_size, device=device))
+            parts.append(ops.attend_blocks(rows, s.keys, s.values, s.block_ids, scale, blocks_at[-1], queries_at))
+        merged = ops.merge_partials(parts)
+        if self._runtime.budget.policy == "none":
+            return merged
+        if self._runtime.budget.over_budget == "drop" and bool(torch.isinf(merged.lse).any()):
+            raise ValueError(
+                f"q: request {state.request_id}, layer {state.layer_id}: the budget has dropped all that one of these "
+                f"{tokens} queries may see; attend before observe_routing and before the next append"
+            )
+        seen = min(tokens, self._runtime.budget.observation_window)
+
+        def share(logits: Tensor, keys_at: Tensor) -> Tensor:
+            """Attention that keys [S] at these positions receive from the newest `seen` tokens: logits [G, R, S]."""
+            weights = (logits - merged.lse.unsqueeze(-1)).exp_().masked_fill_(keys_at > queries_at[:, None], 0.0)
+            return weights.unflatten(1, (-1, tokens))[:, :, -seen:].sum((0, 1, 2))
+
+        state.window.add_importance(share(torch.matmul(rows.float() * scale, raw.k.float().transpose(-1, -2)), keys_at))
+        for table, s, at in zip(sealed, sources, blocks_at, strict=True):
+            assert table.pool.importance is not None
+            received = share(ops.key_logits(rows, s.keys, s.block_ids, scale), at.flatten()).view_as(at)
+            table.pool.importance.index_add_(0, table.tensor, received.to(table.pool.device))
+        return merged
 
     def _full_lse(
         self, rows: Tensor, window: ops.Partial, merged: ops.Partial, sources: list[Source], reading: Reading

@@ -139,6 +139,10 @@ class PiKVCache:
         Raises:
             PoolFullError: a tier has too few free blocks, or too many requests would be live. Nothing has changed.
         """
+        for request_id, count in tokens.items():
+            checks.check_request_id(request_id)
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"tokens: request {request_id}: expected a count of at least 1, got {count!r}")
         new = [request_id for request_id in tokens if request_id not in self._requests]
         if len(new) > len(self._free_slots):
             raise self._no_slot(new)
@@ -301,6 +305,7 @@ class PiKVCache:
         It is good until the cache next seals or releases a block; then its methods raise RuntimeError.
         """
         checks.check_layer(layer_id, self.model)
+        checks.check_expert(expert_id, self.model)
         shard: dict[int, list[BlockTable]] = {}
         for request_id, request in self._requests.items():
             for table in request.layers[layer_id].tables:

@@ -27,6 +27,14 @@ def check_layer(layer_id: int, model: ModelConfig) -> None:
         raise IndexError(f"layer_id: expected 0 .. {model.num_layers - 1}, got {layer_id}")
 
 
+def check_expert(expert_id: int, model: ModelConfig) -> None:
+    """Checks that expert_id is one of the model's; a dense model's blocks are labelled 0."""
+    if isinstance(expert_id, bool) or not isinstance(expert_id, int):
+        raise TypeError(f"expert_id: expected an int, got {expert_id!r}")
+    if not 0 <= expert_id < max(1, model.num_experts):
+        raise IndexError(f"expert_id: expected 0 .. {max(1, model.num_experts) - 1}, got {expert_id}")
+
+
 def check_request_id(request_id: int) -> None:
     """Checks that request_id is an int (it need not be live)."""
     if isinstance(request_id, bool) or not isinstance(request_id, int):

@@ -277,7 +277,7 @@ class RuntimeConfig:
             )
         try:
             self.torch_device  # noqa: B018 - a bad device string fails here, not at the first tensor
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:
             raise ConfigError(f"runtime.device: expected 'auto' or a torch device, got {self.device!r}") from error
         if self.torch_device.type == "meta":
             raise ConfigError("runtime.device: expected a device that holds data, got 'meta'")

@@ -30,13 +30,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def parse_yaml(text: str, where: str) -> Any:
+    """What a YAML text says. Raises ConfigError, which names `where`, for what is not YAML or has a key twice."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not YAML: {error}") from error
+
+
 def read_yaml(path: str | Path) -> Mapping[str, Any]:
     """The mapping in a YAML file. Raises ConfigError where the file holds anything else, or a key twice."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            content = yaml.load(file, _Loader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: not YAML: {error}") from error
+    content = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path}: expected a mapping of keys, got {type(content).__name__}")
     return content

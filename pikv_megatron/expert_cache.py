@@ -14,6 +14,7 @@ from pikv_megatron import ops
 from pikv_megatron.blocks import BlockPool, BlockTable, keeps_tensors
 from pikv_megatron.checks import (
     UnknownRequestError,
+    check_expert,
     check_finite,
     check_kv,
     check_layer,
@@ -46,8 +47,7 @@ class ExpertKVCache:
     ) -> None:
         self.model, self.runtime = configs.resolve(model, runtime)
         check_layer(layer_id, self.model)
-        if not 0 <= expert_id < max(1, self.model.num_experts):
-            raise IndexError(f"expert_id: expected 0 .. {max(1, self.model.num_experts) - 1}, got {expert_id}")
+        check_expert(expert_id, self.model)
         self.layer_id, self.expert_id = layer_id, expert_id
         self.compressor = Compressor(self.model, self.runtime)
         self._pool: BlockPool | None = None

@@ -407,6 +407,27 @@ def test_a_tier_that_holds_no_block():
         PiKVCache(model_config(), _demoting(7))
 
 
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        ({0: 0}, ValueError, "request 0: expected a count of at least 1, got 0"),
+        ({0: True}, ValueError, "got True"),
+        ({"a": 1}, TypeError, "request_id: expected an int, got 'a'"),
+        ({0: 1000}, PoolFullError, "1000 tokens of 1 requests in every layer: needs"),
+        ({0: 1, 1: 1}, PoolFullError, "max_requests: 2 of 2 requests are live, no room for request 1"),
+    ],
+)
+def test_room_for_what_cannot_be(tokens, error, message):
+    cache = _cache()
+    _refuses(cache, lambda: cache.check_room(tokens), error, message)
+
+
+def test_an_expert_that_is_none():
+    for expert_id, error, message in ((1.5, TypeError, "an int, got 1.5"), (4, IndexError, "0 .. 3, got 4")):
+        cache = _cache()
+        _refuses(cache, lambda c=cache, e=expert_id: c.expert_shard(0, e), error, f"expert_id: expected {message}")
+
+
 def test_too_many_requests():
     cache = _cache()
     _refuses(cache, lambda: cache.append(0, K, V, request_id=1), PoolFullError, "max_requests", "2 of 2", "request 1")

@@ -283,6 +283,33 @@ def test_importance_is_the_attention_received(tokens_held):
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_importance_of_queries_that_come_after_their_tokens_were_sealed():
+    """Routing first, attention then: the queries' own tokens are in blocks; what they look at counts all the same."""
+    late, usual = (_cache({"policy": "uniform", "first_layer_tokens": 200}, "demote") for _ in "ab")
+    rng = generator(4)
+    (k, v), q = random_kv(late.model, 40, rng), random_q(late.model, 40, rng)
+    routing = random_routing(late.model, 40, rng)
+    for cache in (late, usual):
+        cache.append(0, k, v)
+    late.observe_routing(0, *routing)
+    outs = [cache.attend(0, q)[0] for cache in (late, usual)]
+    usual.observe_routing(0, *routing)
+    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
+    sealed = [cache.tiers[0].importance[cache._requests[0].layers[0].tables[0].tensor] for cache in (late, usual)]
+    assert sealed[0].sum() > 1
+    torch.testing.assert_close(*sealed, rtol=1e-4, atol=1e-5)
+
+
+def test_a_query_whose_tokens_were_all_dropped_is_refused():
+    budget = {"policy": "uniform", "first_layer_tokens": 6}
+    cache, rng = _cache(budget, "drop", sinks=0), generator(4)
+    cache.append(0, *random_kv(cache.model, 40, rng))
+    cache.observe_routing(0, *random_routing(cache.model, 40, rng))
+    with pytest.raises(ValueError, match="dropped all that one of these 40 queries may see; attend before"):
+        cache.attend(0, random_q(cache.model, 40, rng))
+    assert cache.attend(0, random_q(cache.model, 3, rng))[1].isfinite().all()
+
+
 # ---- the formula
 
 

@@ -163,6 +163,21 @@ def test_the_shards_and_the_window_merge_to_the_caches_attention(codec, tiers):
         torch.testing.assert_close(merged.lse, expected[1], rtol=1e-5, atol=1e-5)
 
 
+def test_a_view_that_is_out_of_date_says_so_in_every_method(codec):
+    cache, rng = _filled(codec)
+    views = [cache.expert_shard(0, expert) for expert in range(4)]
+    before = [view.nbytes for view in views]
+    q = random_q(cache.model, 1, rng)
+    with pytest.raises(PoolFullError):
+        cache.append(0, *random_kv(cache.model, 5000, rng), request_id=77)  # refused: nothing has changed
+    assert [view.nbytes for view in views] == before
+    cache.release(5)
+    for view in views:
+        for call in (view.requests, lambda v=view: v.nbytes, lambda v=view: v.tokens(0), lambda v=view: v.attend(q, 0)):
+            with pytest.raises(RuntimeError, match="out of date"):
+                call()
+
+
 def test_a_view_counts_its_blocks_bytes(codec):
     cache, _ = _filled(codec)
     total = sum(cache.expert_shard(layer, expert).nbytes for layer in range(2) for expert in range(4))

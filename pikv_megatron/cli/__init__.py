@@ -8,11 +8,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from pikv_megatron.blocks import PoolFullError
 from pikv_megatron.checks import UnknownRequestError
 from pikv_megatron.cli import demo, doctor, generate
 
-USER_ERRORS = (ValueError, TypeError, OSError, UnknownRequestError, PoolFullError, ImportError, NotImplementedError)
+USER_ERRORS = (ValueError, TypeError, OSError, UnknownRequestError, ImportError, RuntimeError)
+"""What a user can mend, as our library, the hosts and torch say it. With --verbose they come with their traceback."""
 COMMANDS = {"generate": generate, "demo": demo, "doctor": doctor}
 
 
@@ -31,8 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        return 130
     except USER_ERRORS as error:
         if args.verbose:
             raise
-        print(f"pikv {args.command}: error: {error}", file=sys.stderr)
+        print(f"pikv {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

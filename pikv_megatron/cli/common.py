@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from pikv_megatron.config import ModelConfig, RuntimeConfig, check_same_model, load
-from pikv_megatron.config_io import ConfigError, read_yaml
+from pikv_megatron.config_io import ConfigError, parse_yaml, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL_MOE = ROOT / "assets" / "small_moe"
@@ -51,7 +50,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[ModelC
             place = place[section]
             if place is None:
                 raise ConfigError(f"--set {override}: {section} is not a section")
-        place[key] = yaml.safe_load(text)
+        place[key] = parse_yaml(text, f"--set {override}")
     return load(mapping)
 
 
@@ -62,6 +61,8 @@ def megatron_model(path: str | Path, model: ModelConfig | None, threads: int) ->
         ImportError: Megatron-core is not installed.
         ConfigError: `model` describes another model.
     """
+    if threads < 1:
+        raise ValueError(f"--threads: expected at least 1, got {threads}")
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", module=r"megatron\.")
     logging.getLogger("megatron").setLevel(logging.ERROR)

@@ -174,7 +174,7 @@ def _ask(session: Session, paper: Document, row: Row) -> torch.Tensor:
             if place >= len(fact.question):
                 answer.append(int(logits[-1].argmax()))
             began = time.perf_counter()
-            logits.append(session.feed(torch.tensor([[token]]))[0])
+            logits.append(session.feed(torch.tensor([[token]]))[0].cpu())
             row.seconds += time.perf_counter() - began
             row.steps += 1
         row.right += bytes(b & 0xFF for b in answer) == fact.value

@@ -50,13 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs `pikv generate`."""
-    for name in ("max_new_tokens", "chunk", "threads"):
+    for name in ("max_new_tokens", "chunk"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
     if not 0 <= args.temperature < float("inf"):
         raise ValueError(f"--temperature: expected at least 0, got {args.temperature}")
     prompt = _read_prompt(args)
     model_cfg, runtime = read_config(args.config, args.set)
+    if args.run_dir:
+        Path(args.run_dir).mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(bundled(Path(args.model)))
     tokens = tokenizer.encode(prompt).ids
     total = len(tokens) + args.max_new_tokens
@@ -90,7 +92,6 @@ def run(args: argparse.Namespace) -> int:
         _report(figures)
     if args.run_dir:
         folder = Path(args.run_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(dump(attached.model_cfg, runtime), encoding="utf-8")
         (folder / "text.txt").write_text(text, encoding="utf-8")
         (folder / "figures.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
@@ -115,7 +116,10 @@ def _tokenizer(folder: Path) -> Any:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected the checkpoint's tokenizer")
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:
+        raise ValueError(f"{path}: not a tokenizer: {error}") from error
 
 
 def _end_tokens(folder: Path) -> set[int]:
@@ -181,7 +185,8 @@ def _stream(
         if theirs is not None:
             worst = max(worst, float((logits - theirs).abs().max()))
         if args.temperature:
-            token = int(torch.multinomial((logits / args.temperature).softmax(-1), 1, generator=generator))
+            shares = ((logits - logits.max()) / args.temperature).softmax(-1)  # finite however low the temperature
+            token = int(torch.multinomial(shares.cpu(), 1, generator=generator))
         else:
             token = int(logits.argmax())
         made.append(token)

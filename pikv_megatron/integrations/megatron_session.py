@@ -40,7 +40,10 @@ class Session:
 
     @torch.no_grad()
     def feed(self, tokens: Tensor) -> Tensor:
-        """Appends tokens [batch, tokens]; returns the logits after the last one, [batch, vocabulary] float32."""
+        """Appends tokens [batch, tokens]; returns the logits after the last one, [batch, vocabulary] float32, where the
+        model is.
+        """
+        tokens = tokens.to(next(self.model.parameters()).device)
         batch, count = tokens.shape
         stock = not isinstance(self.context, PiKVInferenceContext)
         if stock and self.length and count > 1:

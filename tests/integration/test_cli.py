@@ -70,6 +70,19 @@ def test_a_reader_that_has_gone_is_no_error():
         assert process.wait() == 1
 
 
+def test_the_lowest_temperature_is_greedy(capsys):
+    argv = ["generate", "--prompt", PROMPT, "--max-new-tokens", "2", "--quiet", "--threads", "1"]
+    assert main([*argv, "--temperature", "1e-40"]) == 0
+    assert capsys.readouterr().out == "47\n"
+
+
+def test_a_tokenizer_that_is_none(capsys, tmp_path):
+    shutil.copytree(common.SMALL_MOE, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    assert main(["generate", "--prompt", "x", "--model", str(tmp_path / "model")]) == 2
+    assert "tokenizer.json: not a tokenizer" in capsys.readouterr().err
+
+
 def test_sampling_follows_its_seed(capsys):
     def sample(seed: int) -> str:
         argv = ["generate", "--prompt", PROMPT, "--max-new-tokens", "16", "--quiet", "--temperature", "2"]
@@ -94,6 +107,10 @@ def test_sampling_follows_its_seed(capsys):
         (["--prompt-file", "/does/not/exist"], "No such file"),
         (["--prompt", "x", "--model", "/does/not/exist"], "/does/not/exist"),
         (["--prompt", "x", "--temperature", "-1"], "--temperature: expected at least 0"),
+        (["--prompt", "x", "--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--prompt", "x", "--set", "tiers=[{kind: device"], "--set tiers=[{kind: device: not YAML"),
+        (["--prompt", "x", "--set", "codec={keys: int8, keys: int4}"], "the key 'keys' stands twice"),
+        (["--prompt", "x", "--run-dir", "/dev/null"], "/dev/null"),
         (["--prompt", "x", "--temperature", "nan"], "--temperature: expected at least 0"),
         (["--prompt", "x " * 150, "--set", "tiers=[{kind: device, bytes: 100000}]"], "capacity_tokens (32), got 364"),
     ],
