@@ -430,7 +430,19 @@ def test_an_expert_that_is_none():
 
 def test_too_many_requests():
     cache = _cache()
-    _refuses(cache, lambda: cache.append(0, K, V, request_id=1), PoolFullError, "max_requests", "2 of 2", "request 1")
+    parts = "max_requests", "2 of 2", "request 1"
+    _refuses(cache, lambda: cache.append(0, K, V, request_id=1), PoolFullError, *parts)
+
+
+@pytest.mark.parametrize(("live", "new"), [((0, 4), [1]), ((0,), [1, 7])])
+def test_a_step_with_too_many_requests(live, new):
+    """Asked before the first layer; blocks there are enough."""
+    cache = _cache()
+    for request_id in {0, 4}.difference(live):
+        cache.release(request_id)
+    cache.check_room(dict.fromkeys([*live, *new][:2], 1))
+    parts = "max_requests", f"{len(live)} of 2", f"no room for request {', '.join(map(str, new))}"
+    _refuses(cache, lambda: cache.check_room(dict.fromkeys([*live, *new], 1)), PoolFullError, *parts)
 
 
 def test_a_released_request_is_gone_and_can_come_again():

@@ -424,8 +424,9 @@ def test_capacity_is_what_the_smallest_tier_lets_in():
 
 
 def test_least_important_blocks():
-    importance = torch.tensor([[3.0, 0.0], [1.0, 1.0], [0.5, 0.5], [2.0, 0.0], [0.0, 9.0]])
+    importance = torch.tensor([[3.0, 0.0], [1.0, 1.0], [0.5, 0.5], [2.0, 0.0], [0.0, 9.0], [1.2, 1.2]])
     assert least_important(importance, 3).tolist() == [2, 1, 3]  # the older of equals first
+    assert least_important(importance, 5).tolist() == [2, 1, 3, 5, 0]  # what a block got in all, not its best token
     assert least_important(importance, 0).tolist() == []
 
 

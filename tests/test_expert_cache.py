@@ -83,6 +83,11 @@ def test_alone_it_refuses_what_does_not_fit():
             "start: expected positions 8 .. 15 to be new, request 0 already holds a block from 8",
         ),
         ((0, 5, k[:4], v[:4]), ValueError, "expected positions 5 .. 8 to be new, request 0 already holds a block from"),
+        (
+            (0, 13, k[:4], v[:4]),
+            ValueError,
+            "expected positions 13 .. 16 to be new, request 0 already holds a block from 12",
+        ),
         ((0, -4, k, v), ValueError, "start: expected a position of at least 0, got -4"),
         ((0, 1.0, k, v), ValueError, "start: expected a position of at least 0, got 1.0"),
         (("a", 0, k, v), TypeError, "request_id: expected an int, got 'a'"),
@@ -101,6 +106,9 @@ def test_alone_it_refuses_what_does_not_fit():
         shard.attend(random_q(shard.model, 1, rng), 5)
     with pytest.raises(ValueError, match="q: expected shape"):
         shard.attend(k, 0)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"q: expected finite values .* got {value}"):
+            shard.attend(random_q(shard.model, 1, rng).index_fill(2, torch.tensor(3), value), 0)
     shard.put(0, 0, k, v)
 
 

@@ -177,6 +177,9 @@ def test_reset_and_late_errors_leave_no_request_behind(models):
     assert context.cache.length(request_id=1) == 30
     context.reset()
     assert context.cache.requests() == []
+    q, k, v = (torch.ones(50, 1, heads, 16) for heads in (4, 2, 2))
+    assert not context.attend(0, q, k, v).any()  # no step is planned: these tokens are nobody's
+    assert context.cache.requests() == []
     expected = greedy_dynamic(hooked, context_of(config), prompts_of(9), [6], 1)
     assert greedy_dynamic(hooked, context, prompts_of(9), [6], 1)[0][0] == expected[0][0]
 
