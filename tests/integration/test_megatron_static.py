@@ -416,20 +416,3 @@ def test_dispatch_listeners_hear_every_layer(models):
     events.clear()
     recompute(hooked, torch.stack(prompts_of(8)))
     assert events == []  # a forward pass without the context is nobody's business
-
-
-@pytest.mark.parametrize(
-    ("runtime", "tolerance"),
-    [
-        ({"codec": {"keys": "int8", "values": "int8"}}, 0.5),
-        ({"attention": {"mode": "mass", "epsilon": 1e-4}}, 0.5),
-        ({"attention": {"mode": "top_k", "read_fraction": 1.0}}, TOLERANCE),
-    ],
-    ids=["int8", "mass", "top_k of everything"],
-)
-def test_other_modes_run_through_the_model(models, runtime, tolerance):
-    config, stock, hooked = models
-    prompts = torch.stack(prompts_of(60, 60))
-    expected = greedy_static(stock, StaticInferenceContext(2, 128), prompts, 2)[1]
-    ours = greedy_static(hooked, context_of(config, **runtime), prompts, 2)[1]
-    assert (ours - expected)[:1].abs().max() <= tolerance
