@@ -233,7 +233,7 @@ void clear_behind(Tile& tile, int64_t held, int64_t dim) {
 inline void fetch(const void* base, int64_t at, int64_t bytes) {
   if (!base) return;
   const char* from = static_cast<const char*>(base) + at * bytes;
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
 // Fetches what key_row reads of a single token, unless its block is the one before's; and what value_row does.
@@ -251,7 +251,7 @@ inline void fetch_value(const Values& values, int64_t row) {
   fetch(values.scale, row, 2);
   fetch(values.zero, row, 2);
 }
-constexpr int64_t kTokensAhead = 6;
+constexpr int64_t kTokensAhead = 16;
 
 void attend_tokens(const float* q, int64_t rows, const Keys& keys, const Values& values, const int64_t* ids,
                    const int64_t* offsets, const bool* read, int64_t count, int64_t head, Partial partial) {

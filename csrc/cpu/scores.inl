@@ -27,7 +27,7 @@ void score_tokens(const float* q, int64_t rows, const Keys& keys, const int64_t*
   const int lo_bits = keys.raw ? 0 : keys.lo_bits;
   const float step = static_cast<float>(1 << lo_bits), middle = (step - 1) / 2;
   const float half_width = keys.raw ? 0.5f : middle;  // with raw keys the plane is a rounding of them
-  const float variance = keys.raw ? 1.0f / 12 : (step * step - 1) / 12;
+  const float half_variance = (keys.raw ? 1.0f : step * step - 1) / (24 * step * step);  // in steps of the high plane
   const float levels = static_cast<float>((1 << (keys.hi_bits + keys.lo_bits)) - 1);
   const float rounding = rounding_of(dim);
   const int64_t high_bytes = dim * keys.hi_bits / 8;
@@ -55,35 +55,30 @@ void score_tokens(const float* q, int64_t rows, const Keys& keys, const int64_t*
       store(middles + d, z + s * middle);
       store(reaches + d, s * half_width + larger(absolute(z), absolute(z + s * levels)) * rounding);
     }
-    for (int64_t first = 0; first < rows; first += 4) {
-      const int64_t here = rows - first < 4 ? rows - first : 4;
-      float offset[4], most[4];
-      for (int64_t r = 0; r < here; ++r) {
-        const float* query = q + (first + r) * q_stride;
-        float* scaled = tile.scaled_q.data() + r * q_stride;
-        Vec at{}, reach{}, square{}, largest_of{};
-        for (int64_t d = 0; d < q_stride; d += W) {  // behind dim, query and scales are zero
-          const Vec x = load(query + d), folded = x * load(scale + d) * step;
-          at += x * load(middles + d);
-          reach += absolute(x) * load(reaches + d);
-          square += folded * folded;
-          largest_of = larger(absolute(folded), largest_of);
-          store(scaled + d, folded);
+    by_rows(rows, [&]<int NR>(int64_t first) {
+      float offset[4], most[4], farthest[4], squares[4], *logits = tile.weights.data();
+      Vec at[4] = {}, reach[4] = {}, square[4] = {}, largest_of[4] = {};
+      for (int64_t d = 0; d < q_stride; d += W) {  // behind dim, query and scales are zero
+        const Vec s = load(scale + d) * step, m = load(middles + d), w = load(reaches + d);
+        for (int r = 0; r < NR; ++r) {
+          const Vec x = load(q + (first + r) * q_stride + d), folded = x * s;
+          at[r] += x * m;
+          reach[r] += absolute(x) * w;
+          square[r] += folded * folded;
+          largest_of[r] = larger(absolute(folded), largest_of[r]);
+          store(tile.scaled_q.data() + r * q_stride + d, folded);
         }
-        offset[r] = sum(at), most[r] = largest(largest_of);
-        const float farthest = sum(reach), half_variance = 0.5f * variance / (step * step) * sum(square);
-        radius[(first + r) * stride + i] = farthest;
-        spread[(first + r) * stride + i] = half_variance < farthest ? half_variance : farthest;  // no error exceeds it
       }
-      float* logits = tile.weights.data();
-      by_rows(here, [&]<int NR>(int64_t) {
-        coarse_logits<NR>(tile, keys, row, in_place, offset, most, logits, width, &ahead);
-      });
-      for (int64_t r = 0; r < here; ++r) {
-        float* out = coarse + ((first + r) * stride + i) * tokens;
-        std::memcpy(out, logits + r * width, tokens * sizeof(float));
+      sum4(at, offset), sum4(reach, farthest), sum4(square, squares);
+      for (int r = 0; r < NR; ++r) {
+        most[r] = largest(largest_of[r]);
+        radius[(first + r) * stride + i] = farthest[r];
+        spread[(first + r) * stride + i] = std::min(half_variance * squares[r], farthest[r]);  // no error exceeds it
       }
-    }
+      coarse_logits<NR>(tile, keys, row, in_place, offset, most, logits, width, &ahead);
+      for (int r = 0; r < NR; ++r)
+        std::memcpy(coarse + ((first + r) * stride + i) * tokens, logits + r * width, tokens * sizeof(float));
+    });
   }
 }
 

@@ -36,9 +36,20 @@ inline void stream(float* p, Vec v) {
   *p = v;
 #endif
 }
+// By intrinsics, since GCC 12 makes a comparison and a choice of `x > y ? x : y`.
+#if PIKV_WIDTH == 8
+inline Vec larger(Vec x, Vec y) { return _mm256_max_ps(x, y); }
+inline Vec smaller(Vec x, Vec y) { return _mm256_min_ps(x, y); }
+inline Vec absolute(Vec x) { return _mm256_andnot_ps(splat(-0.0f), x); }
+#elif PIKV_WIDTH == 16
+inline Vec larger(Vec x, Vec y) { return _mm512_max_ps(x, y); }
+inline Vec smaller(Vec x, Vec y) { return _mm512_min_ps(x, y); }
+inline Vec absolute(Vec x) { return _mm512_abs_ps(x); }
+#else
 inline Vec larger(Vec x, Vec y) { return x > y ? x : y; }
 inline Vec smaller(Vec x, Vec y) { return x < y ? x : y; }
-inline Vec absolute(Vec x) { return x < Vec{} ? -x : x; }
+inline Vec absolute(Vec x) { return x < 0.0f ? -x : x; }
+#endif
 
 template <class To, class From>
 inline To bit_cast(From from) {
@@ -99,7 +110,7 @@ inline float smallest(Vec v) { return -largest(-v); }
 // e^x for x <= 0, relative error below 2e-7; 0 for what float32 cannot hold.
 inline Vec exp_negative(Vec x) {
   const Vec low = splat(-87.3f);
-  const Vec clamped = x > low ? x : low;
+  const Vec clamped = larger(x, low);
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number, held in the low bits
   const Vec shifted = clamped * 1.44269504f + magic;
   const Vec whole = shifted - magic;

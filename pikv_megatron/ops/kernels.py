@@ -178,8 +178,8 @@ def attend_mass(
     epsilon: float,
     softmax_scale: float,
 ) -> tuple[list[Partial], Tensor]:
-    """See reference.attend_mass, which also serves several pools. Here little is read beyond what is needed."""
-    if len(stored) > 1:
+    """See reference.attend_mass, which serves several pools and CUDA. Here little is read beyond what is needed."""
+    if len(stored) > 1 or q.is_cuda:
         return reference.attend_mass(q, stored, scores, slope, raw_lse, epsilon, softmax_scale)
     ((keys, values, block_ids),), (score,) = stored, scores
     q = q.float().contiguous()
