@@ -76,8 +76,11 @@ void score_tokens(const float* q, int64_t rows, const Keys& keys, const int64_t*
         spread[(first + r) * stride + i] = std::min(half_variance * squares[r], farthest[r]);  // no error exceeds it
       }
       coarse_logits<NR>(tile, keys, row, in_place, offset, most, logits, width, &ahead);
-      for (int r = 0; r < NR; ++r)
-        std::memcpy(coarse + ((first + r) * stride + i) * tokens, logits + r * width, tokens * sizeof(float));
+      for (int r = 0; r < NR; ++r) {
+        float* to = coarse + ((first + r) * stride + i) * tokens;
+        std::memcpy(to, logits + r * width, tokens * sizeof(float));
+        for (int64_t t = 0; t < tokens; t += 16) __builtin_prefetch(to + 4 * tokens + t, 1);  // where later blocks' will go
+      }
     });
   }
 }

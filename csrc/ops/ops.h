@@ -111,4 +111,7 @@ inline int64_t pieces_for(int64_t work, int64_t least) {
   return std::max<int64_t>(1, std::min(work / least, threads == 1 ? 1 : 4 * threads));
 }
 
+// Pieces of a work that goes head after head over the same blocks: few blocks each, since the heads of a block lie together.
+inline int64_t pieces_of_blocks(int64_t count) { return std::max<int64_t>(1, count / 16); }
+
 }  // namespace pikv

@@ -20,7 +20,7 @@ void score_tokens(const Tensor& q, const MaybeTensor& k, const Tensor& k_high, c
   const int64_t* ids = data<int64_t>(block_ids);
   check_ids("block_ids", ids, block_ids.numel(), k_high.size(0));
   const CpuKernels& set = kernels();
-  const int64_t pieces = pieces_for(count, 8);
+  const int64_t pieces = pieces_of_blocks(count);
   torch::stable::parallel_for(0, pieces * groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = i % groups, piece = i / groups;
@@ -49,7 +49,7 @@ void score_blocks(const Tensor& q, const Tensor& k_scale, const Tensor& k_zero, 
   keys.scale = data<uint16_t>(k_scale), keys.zero = data<uint16_t>(k_zero);
   keys.hi_bits = static_cast<int>(bits), keys.groups = groups, keys.dim = dim;
   const CpuKernels& set = kernels();
-  const int64_t pieces = pieces_for(count, 64);
+  const int64_t pieces = pieces_of_blocks(count);
   torch::stable::parallel_for(0, pieces * groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = i % groups, piece = i / groups;
@@ -72,7 +72,7 @@ void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, const Tensor& block_ids, do
   check("logits", logits, ScalarType::Float, {groups, rows, tokens});
   check_ids("block_ids", data<int64_t>(block_ids), count, blocks_of(k, k_high));
   const CpuKernels& set = kernels();
-  const int64_t pieces = pieces_for(count, 8);
+  const int64_t pieces = pieces_of_blocks(count);
   torch::stable::parallel_for(0, pieces * groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = i % groups, piece = i / groups, first = count * piece / pieces, last = count * (piece + 1) / pieces;
