@@ -147,6 +147,7 @@ void fetch_ahead(const Keys& keys, const Values& values, int64_t id, int64_t hea
   }
   plane(values.raw, values.dim * (values.dtype == Dtype::kFloat32 ? 4 : 2));
   plane(values.codes, values.dim * values.bits / 8);
+  ahead.values_follow();
 }
 
 // While it lives, partials are in the order in which integers are summed, where they are.

@@ -8,7 +8,7 @@ void dots_of_codes(const float* q, int64_t q_stride, const uint8_t* high, const 
                    float* logits, int64_t logits_stride, Ahead* ahead) {
   constexpr int parts = 8 / Hi, NT = W / 4;  // tokens at a time: sums fill half the registers
   const int64_t bytes = dim / parts;
-  if (ahead) ahead->spread_over(2 * (tokens + NT - 1) / NT);
+  if (ahead) ahead->spread_over((tokens + NT - 1) / NT);
   for (int64_t t = 0; t < tokens; t += NT) {
     if (ahead) ahead->fetch();
     const uint8_t *high_row[NT], *low_row[NT];

@@ -94,7 +94,7 @@ void integer_dots(const IntegerRows& q, const uint8_t* high, const uint8_t* low,
                   const float* offset, float* logits, int64_t stride, Ahead* ahead) {
   constexpr int parts = 8 / Hi;
   const int64_t bytes = dim / parts;
-  if (ahead) ahead->spread_over(tokens / 16 * (bytes / 16) * 4 * 2);  // half of it here, half between the values
+  if (ahead) ahead->spread_over(tokens / 16 * (bytes / 16) * 4);
   for (int64_t t = 0; t < tokens; t += 16) {
     __m512i sums[NR][kParts];
 #pragma GCC unroll 4

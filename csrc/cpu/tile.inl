@@ -78,8 +78,12 @@ class Ahead {
   void add(const char* from, int64_t bytes) {
     span_[spans_++] = {from, from + bytes};
   }
-  // Divides what is left to fetch over so many calls of `fetch`.
+  // That the same is to be fetched between values, too: keys leave half of it to them.
+  void values_follow() { phases_ = 2; }
+  // Divides what is left to fetch, or the keys' half of it, over so many calls of `fetch`.
   void spread_over(int64_t calls) {
+    calls *= phases_;
+    phases_ = 1;
     int64_t left = 0;
     for (int i = at_; i < spans_; ++i) left += span_[i].to - span_[i].from;
     lines_ = (left / 64 + calls - 1) / calls;
@@ -97,7 +101,7 @@ class Ahead {
     const char *from, *to;
   };
   Span span_[8];
-  int spans_ = 0, at_ = 0;
+  int spans_ = 0, at_ = 0, phases_ = 1;
   int64_t lines_ = 0;
 };
 
@@ -106,7 +110,7 @@ template <int NR>
 void dots(const float* q, int64_t q_stride, const float* k, int64_t tokens, int64_t dim, float* logits,
           int64_t logits_stride, Ahead* ahead) {
   constexpr int NT = NR >= 3 ? 2 : 4;  // enough sums in flight to hide the latency of a multiply-add
-  if (ahead) ahead->spread_over(2 * (tokens + NT - 1) / NT);  // the other half between the values
+  if (ahead) ahead->spread_over((tokens + NT - 1) / NT);
   for (int64_t t = 0; t < tokens; t += NT) {
     if (ahead) ahead->fetch();
     Vec total[NR][NT];
