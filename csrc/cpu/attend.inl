@@ -1,5 +1,5 @@
-// Attention over stored blocks and tokens with a running softmax. Scales of values are folded into the weights, so their
-// tile holds bare codes. Included by kernels.inl.
+// Attention over stored blocks and tokens with a running softmax. Scales of values are folded into the weights, so
+// their tile holds bare codes. Included by kernels.inl.
 
 // Where the tokens to take in are: tiles of floats, or, where they are null, the pool's codes from `row` on.
 struct Tokens {
@@ -68,8 +68,8 @@ void weigh_values(Tile& tile, const Tokens& tokens, int64_t width, const float* 
 #endif
 }
 
-// Takes tokens, whose logits are in the tile's weights [NR, padded(count)], into the partial of NR rows. The tile holds the
-// scales of the values, where they are codes.
+// Takes tokens, whose logits are in the tile's weights [NR, padded(count)], into the partial of NR rows. The tile holds
+// the scales of the values, where they are codes.
 template <int NR>
 void absorb_logits(Tile& tile, const Tokens& tokens, const int64_t* query_positions, Partial partial) {
   const int64_t width = padded(tokens.count);

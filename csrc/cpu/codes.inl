@@ -160,8 +160,8 @@ inline void put_codes(uint8_t* to, float x, float zero, float scale, float) {
   *to = static_cast<uint8_t>(std::nearbyint((x - zero) / scale));
 }
 #if PIKV_WIDTH > 1
-// Codes are (x - zero) / scale to the nearest whole number, halves to even. A product with the inverse is within 2^-22 of
-// the quotient's value, relatively, so it rounds alike unless it is that near to a half: then the division is done.
+// Codes are (x - zero) / scale to the nearest whole number, halves to even. A product with the inverse is within 2^-22
+// of the quotient's value, relatively, so it rounds alike unless it is that near to a half: then the division is done.
 inline void put_codes(uint8_t* to, Vec x, Vec zero, Vec scale, Vec inverse) {
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number, held in the low bits
   const Vec above = x - zero, near = above * inverse;

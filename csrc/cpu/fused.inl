@@ -1,5 +1,6 @@
 // The inner loops that read codes straight from the pool as floats, without a tile in between, where a row of codes is
-// whole vectors: AVX2, and for values AVX-512 where integer.inl cannot. Included by kernels.inl. The same results as through a tile, up to rounding.
+// whole vectors: AVX2, and for values AVX-512 where integer.inl cannot. Included by kernels.inl. The same results as
+// through a tile, up to rounding.
 
 #if PIKV_WIDTH == 8
 // Dot products of NR rows of scaled q with the bare codes of `tokens` rows: as `dots`.

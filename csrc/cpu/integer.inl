@@ -1,8 +1,10 @@
-// The inner loops over codes with integer dot products (AVX-512 VNNI), 64 products an instruction. Included by kernels.inl.
+// The inner loops over codes with integer dot products (AVX-512 VNNI), 64 products an instruction. Included by
+// kernels.inl.
 //
-// What multiplies the codes (a query times the block's scales; a softmax weight times the token's scale) is cut into three
-// signed bytes of 23 bits together, so that the sums of products are exact and the result is as near as float32 gets.
-// Sums over channels run with 16 tokens in a vector's lanes, sums over tokens with 16 channels: nothing is summed across.
+// What multiplies the codes (a query times the block's scales; a softmax weight times the token's scale) is cut into
+// three signed bytes of 23 bits together, so that the sums of products are exact and the result is as near as float32
+// gets. Sums over channels run with 16 tokens in a vector's lanes, sums over tokens with 16 channels: nothing is summed
+// across.
 
 constexpr int kParts = 3;
 
@@ -41,7 +43,8 @@ struct IntegerRows {
   }
 };
 
-// To each lane of sums: the products of its four codes with the four bytes at `four`. In assembly, since GCC 12 does not fold the broadcast into the instruction and copies the sums.
+// To each lane of sums: the products of its four codes with the four bytes at `four`. In assembly, since GCC 12 does
+// not fold the broadcast into the instruction and copies the sums.
 inline void multiply_add(__m512i& sums, __m512i codes, const int32_t* four) {
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(codes), "m"(*four));
 }
@@ -88,7 +91,8 @@ inline __m512i codes_of(__m512i high, __m512i low, int part) {
   return Hi + Lo == 8 ? both : _mm512_and_si512(both, _mm512_set1_epi8((1 << (Hi + Lo)) - 1));
 }
 
-// Dot products of NR rows with the bare codes of `tokens` rows, a multiple of 16, plus an offset per row: logits [NR, stride].
+// Dot products of NR rows with the bare codes of `tokens` rows, a multiple of 16, plus an offset per row: logits [NR,
+// stride].
 template <int NR, int Hi, int Lo>
 void integer_dots(const IntegerRows& q, const uint8_t* high, const uint8_t* low, int64_t tokens, int64_t dim,
                   const float* offset, float* logits, int64_t stride, Ahead* ahead) {
@@ -122,8 +126,8 @@ void integer_dots(const IntegerRows& q, const uint8_t* high, const uint8_t* low,
   }
 }
 
-// Dot products of NR rows of the tile's scaled_q, at most `most` [NR] in magnitude, with the bare codes of a block's head,
-// plus an offset per row: logits [NR, width].
+// Dot products of NR rows of the tile's scaled_q, at most `most` [NR] in magnitude, with the bare codes of a block's
+// head, plus an offset per row: logits [NR, width].
 template <int NR>
 void code_logits(Tile& tile, const Keys& keys, int64_t row, bool high_only, const float* offset, const float* most,
                  float* logits, int64_t width, Ahead* ahead) {
@@ -138,8 +142,8 @@ void code_logits(Tile& tile, const Keys& keys, int64_t row, bool high_only, cons
   });
 }
 
-// out [NR, dim] = out * fade + zero + weights times the bare codes of `tokens` rows, a multiple of four. In every run of 64
-// channels, out has them in the order of `swap_quads`.
+// out [NR, dim] = out * fade + zero + weights times the bare codes of `tokens` rows, a multiple of four. In every run
+// of 64 channels, out has them in the order of `swap_quads`.
 template <int NR, int Bits>
 void integer_accumulate(const IntegerRows& weights, const uint8_t* codes, int64_t tokens, int64_t dim, const float* fade,
                         const float* zero, float* out, Ahead* ahead) {
@@ -182,8 +186,8 @@ void integer_accumulate(const IntegerRows& weights, const uint8_t* codes, int64_
     }
 }
 
-// Between the channels' order and the one in which they are summed: in every run of 64, four times four quads of channels
-// are transposed. Its own inverse.
+// Between the channels' order and the one in which they are summed: in every run of 64, four times four quads of
+// channels are transposed. Its own inverse.
 void swap_quads(float* out, int64_t count) {
   for (int64_t c = 0; c < count; c += 64)
     for (int i = 0; i < 4; ++i)

@@ -1,6 +1,6 @@
-// The CPU kernels, written once over vectors of PIKV_WIDTH floats and compiled once per instruction set: the including file
-// sets PIKV_WIDTH, PIKV_KERNELS (the name of the table's function) and PIKV_NAME, under a `#pragma GCC target` of its own.
-// Each part below has one job and needs only those above it.
+// The CPU kernels, written once over vectors of PIKV_WIDTH floats and compiled once per instruction set: the including
+// file sets PIKV_WIDTH, PIKV_KERNELS (the name of the table's function) and PIKV_NAME, under a `#pragma GCC target` of
+// its own. Each part below has one job and needs only those above it.
 
 #include <algorithm>
 #include <cmath>

@@ -1,5 +1,5 @@
-// Reading tokens in the order of their ranks until no query row misses more than a given share of its softmax. One KV head at
-// a time; included by kernels.inl.
+// Reading tokens in the order of their ranks until no query row misses more than a given share of its softmax. One KV
+// head at a time; included by kernels.inl.
 
 // Tokens in the order of their ranks (none negative): runs of them, each below those before it.
 class RankOrder {
@@ -18,7 +18,9 @@ class RankOrder {
   }
   // The best first, and the first of equals.
   void sort(int32_t* tokens, int64_t count) const {
-    std::sort(tokens, tokens + count, [this](int32_t a, int32_t b) { return rank_[a] != rank_[b] ? rank_[a] > rank_[b] : a < b; });
+    std::sort(tokens, tokens + count, [this](int32_t a, int32_t b) {
+      return rank_[a] != rank_[b] ? rank_[a] > rank_[b] : a < b;
+    });
   }
 
  private:

@@ -5,7 +5,8 @@ inline float rounding_of(int64_t dim) {
   return 4.0f * static_cast<float>(dim) * std::numeric_limits<float>::epsilon();
 }
 
-// Dot products of NR rows of the tile's scaled_q with a block's high plane, read in place or from the tile, plus an offset.
+// Dot products of NR rows of the tile's scaled_q with a block's high plane, read in place or from the tile, plus an
+// offset.
 template <int NR>
 void coarse_logits(Tile& tile, const Keys& keys, int64_t row, bool in_place, const float* offset, const float* most,
                    float* logits, int64_t width, Ahead* ahead) {

@@ -1,5 +1,5 @@
-// Choosing tokens by their scores: ranks, the best of them, and what the others may have. One KV head at a time. Included by
-// kernels.inl.
+// Choosing tokens by their scores: ranks, the best of them, and what the others may have. One KV head at a time.
+// Included by kernels.inl.
 
 // Log-sum-exp of a row; x has no NaN.
 inline float log_sum_exp(const float* x, int64_t count) {

@@ -1,9 +1,10 @@
-// Scratch tiles: one head's block decoded to floats that stay in the first-level cache, what is fetched ahead, and the two
-// inner loops over tiles. Included by kernels.inl.
+// Scratch tiles: one head's block decoded to floats that stay in the first-level cache, what is fetched ahead, and the
+// two inner loops over tiles. Included by kernels.inl.
 
 // Scratch of one thread. k [tokens, padded(D)], v [tokens, padded(E)], both with zeros behind their channels; weights
-// [4, tokens]; v_scale, v_zero [tokens]; k_scale, k_zero, and what scores derive from them, k_middle, k_reach [padded(D)]; scaled_q [4, padded(D)]; q_bytes, weight_bytes: scaled_q
-// and weights cut into bytes, where that is done. tokens is a multiple of kPad, zeros behind the block's.
+// [4, tokens]; v_scale, v_zero [tokens]; k_scale, k_zero, and what scores derive from them, k_middle, k_reach
+// [padded(D)]; scaled_q [4, padded(D)]; q_bytes, weight_bytes: scaled_q and weights cut into bytes, where that is done.
+// tokens is a multiple of kPad, zeros behind the block's.
 struct Tile {
   std::vector<float> k, v, weights, v_scale, v_zero, k_scale, k_zero, k_middle, k_reach, scaled_q;
   std::vector<int32_t> q_bytes, weight_bytes;
@@ -23,7 +24,8 @@ struct Tile {
     grow(q_bytes, 4 * padded(dim));
     grow(weight_bytes, 4 * padded_tokens);
     if (tokens_ != tokens || dim_ != dim || value_dim_ != value_dim) {  // what lies behind must be zero again
-      for (auto* buffer : {&k, &v, &weights, &v_scale, &v_zero, &k_scale, &k_zero}) std::fill(buffer->begin(), buffer->end(), 0.0f);
+      for (auto* buffer : {&k, &v, &weights, &v_scale, &v_zero, &k_scale, &k_zero})
+        std::fill(buffer->begin(), buffer->end(), 0.0f);
       tokens_ = tokens, dim_ = dim, value_dim_ = value_dim;
     }
   }
@@ -70,8 +72,8 @@ inline void value_row(const Values& values, int64_t row, float* y, float& scale,
   scale = from_half(values.scale[row]), zero = from_half(values.zero[row]);
 }
 
-// Memory that will be read next, fetched a few lines at a time between computations: all at once would stall them. Into the
-// second-level cache: in the first, it would push out what is being computed with.
+// Memory that will be read next, fetched a few lines at a time between computations: all at once would stall them. Into
+// the second-level cache: in the first, it would push out what is being computed with.
 class Ahead {
  public:
   void clear() { spans_ = at_ = 0; }

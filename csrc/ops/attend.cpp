@@ -39,7 +39,8 @@ void merge(PartialMemory* pieces, int64_t count, int64_t rows, int64_t dim, floa
   });
 }
 
-// Attention of every request's rows over its run of blocks, ids[first[i]] to ids[first[i + 1]]: out [requests, G, R, E], lse.
+// Attention of every request's rows over its run of blocks, ids[first[i]] to ids[first[i + 1]]: out [requests, G, R,
+// E], lse.
 void attend_runs(const std::vector<float>& queries, int64_t rows, const Keys& keys, const Values& values, const int64_t* ids,
                  const int64_t* first, int64_t requests, const int64_t* key_positions, const int64_t* query_positions,
                  float* out, float* lse) {
@@ -206,7 +207,8 @@ void attend_at(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTen
 void merge_partials(const Tensor& outs, const Tensor& lses, Tensor out, Tensor lse) {
   STD_TORCH_CHECK(outs.dim() >= 2, "outs: expected [partials, ..., channels]");
   check("outs", outs, ScalarType::Float, std::vector<int64_t>(outs.dim(), -1));
-  const int64_t count = outs.size(0), dim = outs.size(outs.dim() - 1), rows = outs.numel() == 0 ? 0 : outs.numel() / (count * dim);
+  const int64_t count = outs.size(0), dim = outs.size(outs.dim() - 1);
+  const int64_t rows = outs.numel() == 0 ? 0 : outs.numel() / (count * dim);
   check("lses", lses, ScalarType::Float, std::vector<int64_t>(lses.dim(), -1));
   check("out", out, ScalarType::Float, std::vector<int64_t>(out.dim(), -1));
   check("lse", lse, ScalarType::Float, std::vector<int64_t>(lse.dim(), -1));
