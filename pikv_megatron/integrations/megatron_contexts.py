@@ -253,7 +253,7 @@ class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
     """Continuous batching on PiKV. The engine's request ids are the cache's.
 
     Megatron keeps its books (which request may start, pause, or must go) in blocks of `block_size_tokens`; here they
-    count PiKV's capacity, `runtime_cfg.max_tokens`, and `buffer_size_gb` is not used. A paused request keeps its cache;
+    count PiKV's capacity, `cache.capacity_tokens`, and `buffer_size_gb` is not used. A paused request keeps its cache;
     one that finishes or is evicted is released at once, and an evicted one that comes back is prefilled again.
 
     Args:

@@ -6,11 +6,12 @@ has. `backend` says what each op resolved to, `kernel_set` which kernels run.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -58,12 +59,32 @@ def _load() -> str | None:
 
 kernel_set = _load()
 backend: dict[str, str] = {}
+CUDA_WITHOUT_KERNELS = torch.cuda.is_available() and not list(Path(__file__).parents[1].glob("_ops_cuda*.so"))
+if CUDA_WITHOUT_KERNELS and kernel_set is not None:
+    log.warning("the CUDA kernels are not built: plain torch is used on the GPU (build with PIKV_CUDA=1)")
+
+
+def by_device(device: str, compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """An op that takes `plain` where a tensor among its arguments is on such a device, else `compiled`."""
+
+    def there(x: object) -> bool:
+        if isinstance(x, torch.Tensor):
+            return x.device.type == device
+        return isinstance(x, (tuple, list)) and any(there(part) for part in x)
+
+    @functools.wraps(compiled)
+    def op(*args: Any, **kwargs: Any) -> Any:
+        return (plain if any(there(x) for x in args) else compiled)(*args, **kwargs)
+
+    return op
 
 
 def _resolve(name: str) -> Callable[..., Any]:
-    compiled = None if kernel_set is None else getattr(kernels, name, None)
+    compiled, plain = None if kernel_set is None else getattr(kernels, name, None), getattr(reference, name)
     backend[name] = "reference" if compiled is None else "kernel"
-    return getattr(reference, name) if compiled is None else compiled
+    if compiled is None:
+        return cast(Callable[..., Any], plain)
+    return by_device("cuda", compiled, plain) if CUDA_WITHOUT_KERNELS else cast(Callable[..., Any], compiled)
 
 
 append = _resolve("append")
