@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pikv_megatron import ops
 from pikv_megatron.config_sections import AttentionConfig
-from pikv_megatron.selection import Source, count_of, rank, read_selected
+from pikv_megatron.selection import Source, count_of, read_selected
 
 BLOCK, DIM = 32, 128
 SHAPES = {"Mixtral-8x7B": (8, 4), "Qwen3-30B-A3B": (4, 8)}  # KV heads, query heads per KV head
@@ -177,7 +177,7 @@ def selective(q: Tensor, source: Source) -> dict[str, Callable[[], object]]:
 
     def best_tokens(block_ids: Tensor) -> ops.Partial:
         coarse = ops.score_tokens(q, keys, block_ids, scale).coarse.flatten(2)
-        index = rank(coarse, raw_lse).topk(count, dim=-1).indices
+        index = ops.select_topk(ops.rank_tokens(coarse, raw_lse), count)
         of_heads = block_ids if block_ids.dim() == 2 else block_ids.expand(len(q), -1)
         chosen = of_heads.gather(1, index // BLOCK)
         return ops.attend_tokens(q, keys, values, chosen, index % BLOCK, scale)

@@ -42,7 +42,21 @@ def _arguments() -> dict[str, tuple]:
             torch.empty(2, G, R),
         ),
         "attend_tokens_out": (q, *raw.keys, *raw.values, tokens, tokens, 0.2, None, out, lse),
-        "attend_mass_out": (q, *coded.keys, *coded.values, ids, coarse, radius, lse.zero_(), 0.1, 0.2, out, lse, read),
+        "attend_mass_out": (
+            q,
+            *coded.keys,
+            *coded.values,
+            ids,
+            coarse,
+            0.9,
+            radius,
+            lse.zero_(),
+            0.1,
+            0.2,
+            out,
+            lse,
+            read,
+        ),
         "attend_at_out": (q, window_k, window_v, places, queries, 0.2, out, lse),
         "merge_partials_out": (torch.randn(4, G, R, E), torch.randn(4, G, R), out, lse),
         "score_blocks_out": (q, *coded.keys[3:5], 8, ids, 0.2, *(torch.empty(G, R, 3) for _ in range(3))),
@@ -52,7 +66,7 @@ def _arguments() -> dict[str, tuple]:
         "window_importance_out": (q, torch.zeros(G, R), window_k, 3, 0.2, torch.empty(20)),
         "rank_tokens_out": (torch.randn(G, R, 40), torch.randn(G, R), torch.empty(G, 40)),
         "select_topk_out": (torch.randn(G, 40), torch.empty(G, 5, dtype=torch.int64)),
-        "unread_mass_out": (coarse, spread, radius, read.fill_(False), torch.empty(G, R), torch.empty(G, R)),
+        "unread_mass_out": (coarse, 0.9, spread, radius, read.fill_(False), torch.empty(G, R), torch.empty(G, R)),
     }
 
 
