@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -13,6 +15,7 @@ import torch
 
 from pikv_megatron.cli import common, demo, main
 from pikv_megatron.config import load
+from pikv_megatron.facts import Fact, documents, load_text
 
 PROMPT = "And the LORD said unto Moses, #QX47 Go in unto Pharaoh. #AB12 And he went out from the king. #QX"
 
@@ -40,6 +43,34 @@ def test_generate_compares_with_stock_and_writes_its_run(capsys, tmp_path):
     assert "largest logit difference from stock" in captured.err
     model, runtime = load(tmp_path / "run" / "config.yaml")
     assert (model, runtime) == common.read_config(common.SMALL_MOE_CONFIG)
+
+
+def test_generate_reports_the_largest_difference_of_all_steps(tmp_path):
+    """Fed again here, token by token: with INT4 the worst step is neither the first nor the last."""
+    overrides = ["codec.keys=int4", "codec.values=int4"]
+    argv = ["generate", "--prompt", PROMPT * 3, "--max-new-tokens", "12", "--compare", "--quiet", "--threads", "1"]
+    argv += [word for override in overrides for word in ("--set", override)]
+    assert main([*argv, "--run-dir", str(tmp_path)]) == 0
+    made = (tmp_path / "text.txt").read_bytes()
+    ours, stock = _sessions(overrides, len(PROMPT) * 3 + 12)
+    differences = []
+    for piece in ((PROMPT * 3).encode(), *(bytes([byte]) for byte in made[:-1])):
+        tokens = torch.tensor([list(piece)])
+        differences.append(float((ours.feed(tokens) - stock.feed(tokens)).abs().max()))
+    assert len(differences) == 12 and max(differences) > 2 * max(differences[0], differences[-1])
+    reported = json.loads((tmp_path / "figures.json").read_text())["max_logit_difference"]
+    assert reported == pytest.approx(max(differences), rel=1e-3)
+
+
+def _sessions(overrides, tokens):
+    """The small MoE on PiKV and on Megatron's own cache."""
+    from pikv_megatron.integrations import megatron
+    from pikv_megatron.integrations.megatron_session import Session
+
+    model = common.megatron_model(common.SMALL_MOE, None, 1)
+    runtime = common.read_config(common.SMALL_MOE_CONFIG, [f"max_tokens={tokens}", *overrides])[1]
+    context = megatron.attach(model, runtime).static_context(1, tokens)
+    return Session(model, context), Session.on_stock_cache(model, 1, tokens)
 
 
 def test_generate_ends_where_it_is_told_to(capsys, tmp_path):
@@ -133,9 +164,82 @@ def test_demo_table(capsys):
         assert "3 of 3" in row
 
 
+LOSSY = ["codec.keys=int2", "codec.values=int2", "attention.mode=mass", "attention.epsilon=0.2"]
+INT8 = "PiKV INT8"
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """Three documents and the demo's rows for stock, INT8 and a lossy cache. In the third document half of the
+    questions expect an answer that the text does not give.
+    """
+    *papers, third = documents(
+        load_text(common.HELD_OUT_TEXT), count=3, length=320, num_facts=8, num_questions=8, seed=3
+    )
+    questions = [
+        Fact(f.key, b"%02d" % ((int(f.value) + 55) % 100)) if i % 2 else f for i, f in enumerate(third.questions)
+    ]
+    papers.append(dataclasses.replace(third, questions=tuple(questions)))
+    args = argparse.Namespace(config=common.SMALL_MOE_CONFIG, model=common.SMALL_MOE, threads=1, quiet=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "CACHES", {"stock": None, INT8: demo.CACHES[INT8], "lossy": LOSSY})
+        rows = demo.ask_all(papers, args)
+    assert [row.name for row in rows] == ["stock", INT8, "lossy"]
+    return papers, rows
+
+
+def test_demo_int8_answers_what_stock_answers(asked):
+    """All that the text answers: 8 and 8 and 4 of 8."""
+    _, (stock, int8, _) = asked
+    assert (stock.right, stock.asked) == (int8.right, int8.asked) == (20, 24)
+
+
+def test_demo_figures_are_those_of_an_independent_loop(asked, monkeypatch):
+    """Every question asked again here: answers, logits and certificates, over all documents and steps."""
+    papers, rows = asked
+    tokens = len(papers[0].text) + 8 * 5
+    right, differences, certificates = [0, 0], [], []
+    ours, _ = _sessions(LOSSY, tokens)
+    cache = ours.context.cache
+    measure = cache.attend_measured
+
+    def watch(*args):
+        result = measure(*args)
+        if len(result.out) == 1:
+            certificates.append(result.missed_certificate.flatten())
+        return result
+
+    monkeypatch.setattr(cache, "attend_measured", watch)
+    for paper in papers:
+        ours.context.reset()
+        stock = type(ours).on_stock_cache(ours.model, 1, tokens)
+        for session in (stock, ours):
+            session.feed(torch.tensor([list(paper.text)]))
+        worst = 0.0
+        for fact in paper.questions:
+            chosen = []
+            for byte in fact.text:
+                logits = [session.feed(torch.tensor([[byte]]))[0] for session in (stock, ours)]
+                chosen.append([int(x.argmax()) for x in logits])
+                worst = max(worst, float((logits[0] - logits[1]).abs().max()))
+            for i in range(2):  # what follows "#QX" and "#QX4"
+                right[i] += [chosen[2][i], chosen[3][i]] == list(fact.value)
+        differences.append(worst)
+    assert [rows[0].right, rows[2].right] == right
+    assert rows[2].asked == 24 and rows[2].steps == 24 * 5
+    assert rows[0].difference == 0.0
+    assert max(differences) > 1.001 * differences[-1]  # else the last document's would do
+    assert rows[2].difference == pytest.approx(max(differences), rel=1e-3)
+    missed = torch.stack(certificates)
+    assert missed.max() > 1.5 * missed.mean()
+    lossy = demo.table(rows).splitlines()[-1].split()
+    assert lossy[1:4] == [str(right[1]), "of", "24"]
+    assert float(lossy[-3]) == pytest.approx(max(differences), rel=0.05)  # one decimal
+    assert float(lossy[-1]) == pytest.approx(float(missed.max()), abs=1e-4)
+
+
 def test_demo_bytes_are_those_of_storages():
     """The stock row is the sum of Megatron's tensors; PiKV's is the live rows of its pools and windows."""
-    from pikv_megatron.facts import documents, load_text
     from pikv_megatron.integrations import megatron
     from pikv_megatron.integrations.megatron_session import Session
 
