@@ -7,15 +7,12 @@ waiting for its routing. Before and after, everything the cache holds is compare
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from dense import (
     CODECS,
-    assert_pools_free,
-    attend_retrieved,
     generator,
     model_config,
     random_kv,
@@ -23,58 +20,13 @@ from dense import (
     random_routing,
     runtime_config,
     snapshot,
-    step,
 )
+from refusals import refuses, working_cache
 
-from pikv_megatron import ConfigError, PiKVCache
-from pikv_megatron.blocks import PoolFullError
+from pikv_megatron import PiKVCache
 from pikv_megatron.checks import UnknownRequestError
 
 NAN, INF = float("nan"), float("inf")
-
-
-def _cache(codec="none", model=None, **changes):
-    model = model_config(v_head_dim=12, **(model or {}))
-    cache, rng = PiKVCache(model, runtime_config(codec, max_tokens=128, max_requests=2, **changes)), generator(1)
-    step(cache, *random_kv(model, 40, rng), rng, request_id=0)
-    step(cache, *random_kv(model, 15, rng), rng, request_id=4)
-    for layer_id in range(2):  # 4 tokens beyond the window whose routing is still to come
-        cache.append(layer_id, *random_kv(model, 4, rng), request_id=0)
-        cache.attend(layer_id, random_q(model, 4, rng), request_id=0)
-    return cache
-
-
-def _refuses(cache, call: Callable[[], Any], error: type[Exception], *parts: str) -> None:
-    """The call raises that error; its message has the parts; nothing has changed; the cache still works."""
-    before = snapshot(cache)
-    with pytest.raises(error) as caught:
-        call()
-    message = str(caught.value)
-    for part in parts:
-        assert part in message, message
-    assert snapshot(cache) == before
-    _still_works(cache)
-
-
-def _still_works(cache) -> None:
-    rng, model = generator(2), cache.model
-    for layer_id in range(2):
-        if model.num_experts:
-            cache.observe_routing(layer_id, *random_routing(model, 4, rng), request_id=0)
-    for request_id in cache.requests():
-        length = cache.length(request_id=request_id)
-        step(cache, *random_kv(model, 3, rng), rng, request_id)
-        assert cache.length(request_id=request_id) == length + 3
-        for layer_id in range(2):
-            q = random_q(model, 3, rng)
-            out, _ = attend_retrieved(cache, layer_id, q, request_id)
-            got, _ = cache.attend(layer_id, q, request_id)
-            close = 1e-4 if model.dtype == "float32" else 2e-2
-            torch.testing.assert_close(got.double(), out, rtol=close, atol=close)
-    for request_id in cache.requests():
-        cache.release(request_id)
-    assert_pools_free(cache)
-    step(cache, *random_kv(model, 40, rng), rng, request_id=9)
 
 
 class _Arguments(NamedTuple):
@@ -125,22 +77,22 @@ APPEND = {  # k, v, error, parts of its message
 @pytest.mark.parametrize("codec", ["none", "int8"])
 def test_append_and_update(codec, case):
     k, v, error, parts = APPEND[case]
-    cache = _cache(codec)
-    _refuses(cache, lambda: cache.append(1, k, v), error, *parts)
-    cache = _cache(codec)
-    _refuses(cache, lambda: cache.append(0, k, v, request_id=77), error, *parts)  # nor does a request appear
-    cache = _cache(codec)
+    cache = working_cache(codec)
+    refuses(cache, lambda: cache.append(1, k, v), error, *parts)
+    cache = working_cache(codec)
+    refuses(cache, lambda: cache.append(0, k, v, request_id=77), error, *parts)  # nor does a request appear
+    cache = working_cache(codec)
     if case != "k of two dimensions":
-        _refuses(cache, lambda: cache.update(1, range(44, 47), k, v), error, *parts)
+        refuses(cache, lambda: cache.update(1, range(44, 47), k, v), error, *parts)
 
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("which", ["k", "v"])
 def test_non_finite_in_every_codec(codec, value, which):
-    cache = _cache(codec)
+    cache = working_cache(codec)
     k, v = (_with(K, value), V) if which == "k" else (K, _with(V, value))
-    _refuses(cache, lambda: cache.append(0, k, v, request_id=4), ValueError, f"{which}:", "finite")
+    refuses(cache, lambda: cache.append(0, k, v, request_id=4), ValueError, f"{which}:", "finite")
 
 
 @pytest.mark.parametrize(
@@ -148,29 +100,29 @@ def test_non_finite_in_every_codec(codec, value, which):
     [("int8", {}), ("int4", {}), ("int2", {}), ("none", {"attention": {"mode": "top_k"}})],
 )
 def test_what_float16_scales_cannot_hold(codec, changes):
-    cache = _cache(codec, **changes)
-    _refuses(cache, lambda: cache.append(0, _with(K, 65505.0), V), ValueError, "k:", "65504", "65505")
-    cache = _cache(codec, **changes)
-    _refuses(cache, lambda: cache.append(0, K, _with(V, -7e4)), ValueError, "v:", "65504", "70000")
-    cache = _cache(codec, **changes)
+    cache = working_cache(codec, **changes)
+    refuses(cache, lambda: cache.append(0, _with(K, 65505.0), V), ValueError, "k:", "65504", "65505")
+    cache = working_cache(codec, **changes)
+    refuses(cache, lambda: cache.append(0, K, _with(V, -7e4)), ValueError, "v:", "65504", "70000")
+    cache = working_cache(codec, **changes)
     cache.append(0, _with(K, 65504.0), _with(V, -65504.0))
 
 
 def test_without_codes_large_numbers_are_fine():
-    cache = _cache("none")
+    cache = working_cache("none")
     cache.append(0, _with(K, 1e18), _with(V, -1e18))
     assert cache.retrieve(0).k.amax() == 1e18
     for bad in (lambda c: c.append(0, _with(K, 2e18), V), lambda c: c.attend(0, _with(Q, 2e18))):
-        cache = _cache("none")
-        _refuses(cache, functools.partial(bad, cache), ValueError, "magnitude at most 1e+18", "2e+18")
+        cache = working_cache("none")
+        refuses(cache, functools.partial(bad, cache), ValueError, "magnitude at most 1e+18", "2e+18")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_another_dtype_of_model(dtype):
-    cache = _cache(model={"dtype": dtype})
-    _refuses(cache, lambda: cache.append(0, K, V), TypeError, "k:", dtype, "float32")
-    cache = _cache(model={"dtype": dtype})
-    _refuses(cache, lambda: cache.attend(0, Q), TypeError, "q:", dtype, "float32")
+    cache = working_cache(model={"dtype": dtype})
+    refuses(cache, lambda: cache.append(0, K, V), TypeError, "k:", dtype, "float32")
+    cache = working_cache(model={"dtype": dtype})
+    refuses(cache, lambda: cache.attend(0, Q), TypeError, "q:", dtype, "float32")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +132,7 @@ def test_another_dtype_of_model(dtype):
     "name", ["append", "update", "attend", "observe_routing", "retrieve", "expert_shard", "length"]
 )
 def test_layers_that_do_not_exist(layer_id, error, name):
-    cache = _cache()
+    cache = working_cache()
     call = {
         "append": lambda: cache.append(layer_id, K, V),
         "update": lambda: cache.update(layer_id, range(44, 47), K, V),
@@ -191,12 +143,12 @@ def test_layers_that_do_not_exist(layer_id, error, name):
         "length": lambda: cache.length(layer_id),
     }[name]
     expected = "0 .. 1" if error is IndexError else "an int"
-    _refuses(cache, call, error, "layer_id: expected " + expected, str(layer_id))
+    refuses(cache, call, error, "layer_id: expected " + expected, str(layer_id))
 
 
 @pytest.mark.parametrize("name", ["attend", "observe_routing", "retrieve", "length", "release"])
 def test_requests_that_do_not_exist(name):
-    cache = _cache()
+    cache = working_cache()
     call = {
         "attend": lambda: cache.attend(0, Q, 1),
         "observe_routing": lambda: cache.observe_routing(0, EXPERTS, WEIGHTS, 1),
@@ -204,13 +156,13 @@ def test_requests_that_do_not_exist(name):
         "length": lambda: cache.length(request_id=1),
         "release": lambda: cache.release(1),
     }[name]
-    _refuses(cache, call, UnknownRequestError, "request 1 does not exist; live requests: [0, 4]")
+    refuses(cache, call, UnknownRequestError, "request 1 does not exist; live requests: [0, 4]")
 
 
 @pytest.mark.parametrize("request_id", ["0", 0.0, None, True, [0], torch.tensor(0)])
 @pytest.mark.parametrize("name", ["append", "update", "attend", "observe_routing", "retrieve", "length", "release"])
 def test_requests_that_are_no_int(request_id, name):
-    cache = _cache()
+    cache = working_cache()
     call = {
         "append": lambda: cache.append(0, K, V, request_id),
         "update": lambda: cache.update(0, range(44, 47), K, V, request_id),
@@ -220,7 +172,7 @@ def test_requests_that_are_no_int(request_id, name):
         "length": lambda: cache.length(request_id=request_id),
         "release": lambda: cache.release(request_id),
     }[name]
-    _refuses(cache, call, TypeError, "request_id: expected an int", repr(request_id))
+    refuses(cache, call, TypeError, "request_id: expected an int", repr(request_id))
 
 
 @pytest.mark.parametrize(
@@ -235,12 +187,12 @@ def test_requests_that_are_no_int(request_id, name):
     ],
 )
 def test_positions_that_go_back_or_skip(start, error, parts):
-    cache = _cache()
-    _refuses(cache, lambda: cache.append(1, K, V, start=start), error, *parts)
+    cache = working_cache()
+    refuses(cache, lambda: cache.append(1, K, V, start=start), error, *parts)
 
 
 def test_a_new_request_starts_at_zero():
-    cache = _cache()
+    cache = working_cache()
     cache.release(4)
     before = snapshot(cache)
     with pytest.raises(ValueError, match="request 5, layer 0: expected 0 next, got 3"):
@@ -266,8 +218,8 @@ def test_a_new_request_starts_at_zero():
     ],
 )
 def test_token_ids(token_id, error, parts):
-    cache = _cache()
-    _refuses(cache, lambda: cache.update(1, token_id, K, V), error, *parts)
+    cache = working_cache()
+    refuses(cache, lambda: cache.update(1, token_id, K, V), error, *parts)
 
 
 @pytest.mark.parametrize(
@@ -284,8 +236,8 @@ def test_token_ids(token_id, error, parts):
     ],
 )
 def test_update_with_experts_that_make_no_sense(expert_ids, error, parts):
-    cache = _cache()
-    _refuses(cache, lambda: cache.update(0, range(44, 47), K, V, expert_ids=expert_ids), error, *parts)
+    cache = working_cache()
+    refuses(cache, lambda: cache.update(0, range(44, 47), K, V, expert_ids=expert_ids), error, *parts)
 
 
 @pytest.mark.parametrize(
@@ -309,13 +261,13 @@ def test_update_with_experts_that_make_no_sense(expert_ids, error, parts):
     ],
 )
 def test_bad_routing(expert_ids, weights, error, parts):
-    cache = _cache()
-    _refuses(cache, lambda: cache.observe_routing(0, expert_ids, weights), error, *parts)
+    cache = working_cache()
+    refuses(cache, lambda: cache.observe_routing(0, expert_ids, weights), error, *parts)
 
 
 def test_routing_of_a_model_without_experts():
-    cache = _cache(model={"num_experts": 0})
-    _refuses(cache, lambda: cache.observe_routing(0, EXPERTS, WEIGHTS), ValueError, "expert_ids", "num_experts 0")
+    cache = working_cache(model={"num_experts": 0})
+    refuses(cache, lambda: cache.observe_routing(0, EXPERTS, WEIGHTS), ValueError, "expert_ids", "num_experts 0")
 
 
 @pytest.mark.parametrize(
@@ -337,8 +289,8 @@ def test_routing_of_a_model_without_experts():
 def test_bad_queries(q, error, parts, budget):
     """With a budget a query also counts towards importance: a NaN there would stay for ever."""
     changes = {"budget": {"policy": "uniform", "first_layer_tokens": 20, "over_budget": "drop"}} if budget else {}
-    cache = _cache(**changes)
-    _refuses(cache, lambda: cache.attend(0, q), error, *parts)
+    cache = working_cache(**changes)
+    refuses(cache, lambda: cache.attend(0, q), error, *parts)
 
 
 def test_queries_before_any_key():
@@ -349,104 +301,14 @@ def test_queries_before_any_key():
     assert len(cache.retrieve(1).positions) == 0
 
 
-@pytest.mark.parametrize("observed", [True, False])
-@pytest.mark.parametrize("codec", ["none", "int4"])
-def test_a_full_pool(codec, observed):
-    """128 tokens a layer, two layers: 64 blocks, of which request 0 takes 22 and request 4 takes 2. Also while a block
-    waits for its routing, which the refused call must not seal.
-    """
-    cache = _cache(codec)
-    if observed:
-        for layer_id in range(2):
-            cache.observe_routing(layer_id, *random_routing(cache.model, 4, generator()), request_id=0)
-    free = cache.tiers[0].free_blocks
-    k, v = random_kv(cache.model, 4 * free + 8, generator(4))
-    before = snapshot(cache)
-    for request_id in (0, 4, 0):
-        with pytest.raises(PoolFullError, match=rf"request {request_id}, layer 1: needs .* {free} of 64 are"):
-            cache.append(1, k, v, request_id)
-        assert snapshot(cache) == before
-    cache.release(4)
-    before = snapshot(cache)
-    with pytest.raises(PoolFullError, match="request 6, layer 0"):
-        cache.append(0, *random_kv(cache.model, 300, generator(4)), request_id=6)
-    assert snapshot(cache) == before
-    assert cache.requests() == [0]
-    step(cache, *random_kv(cache.model, 60, generator(5)), generator(6), request_id=6)
-
-
-@pytest.mark.parametrize("observed", [True, False])
-def test_a_full_host_tier(observed):
-    """Demoting needs room below: its lack is found when tokens are appended, not when they are sealed."""
-    block = PiKVCache(model_config(v_head_dim=12), _demoting()).tiers[1].block_bytes
-    cache, rng = PiKVCache(model_config(v_head_dim=12), _demoting(3 * block)), generator(7)
-    k, v = random_kv(cache.model, 27, rng)  # 8 raw, 2 blocks on the device, 2 on the host, 3 tokens over
-    cache.append(0, k, v)
-    if observed:
-        cache.observe_routing(0, *random_routing(cache.model, 27, rng))
-    before = snapshot(cache)
-    with pytest.raises(PoolFullError, match=r"request 0, layer 0: needs 2 blocks of 4 tokens in the host tier, 1 of 3"):
-        cache.append(0, k[:5], v[:5])
-    assert snapshot(cache) == before
-    cache.append(0, k[:4], v[:4])
-    cache.observe_routing(0, *random_routing(cache.model, 4, rng))
-    assert cache.tiers[1].free_blocks == 0
-    assert cache.length() == len(cache.retrieve(0).positions) == 31
-    cache.release(0)
-    assert_pools_free(cache)
-
-
-def _demoting(host_bytes=None):
-    budget = {"policy": "uniform", "first_layer_tokens": 16}
-    tiers = [{"kind": "device"}, {"kind": "host", "bytes": host_bytes}]
-    return runtime_config(budget=budget, tiers=tiers)
-
-
-def test_a_tier_that_holds_no_block():
-    with pytest.raises(ConfigError, match=r"runtime\.tiers\[1\]\.bytes: expected at least .*, got 7"):
-        PiKVCache(model_config(), _demoting(7))
-
-
-@pytest.mark.parametrize(
-    ("tokens", "error", "message"),
-    [
-        ({0: 0}, ValueError, "request 0: expected a count of at least 1, got 0"),
-        ({0: True}, ValueError, "got True"),
-        ({"a": 1}, TypeError, "request_id: expected an int, got 'a'"),
-        ({0: 1000}, PoolFullError, "1000 tokens of 1 requests in every layer: needs"),
-        ({0: 1, 1: 1}, PoolFullError, "max_requests: 2 of 2 requests are live, no room for request 1"),
-    ],
-)
-def test_room_for_what_cannot_be(tokens, error, message):
-    cache = _cache()
-    _refuses(cache, lambda: cache.check_room(tokens), error, message)
-
-
 def test_an_expert_that_is_none():
     for expert_id, error, message in ((1.5, TypeError, "an int, got 1.5"), (4, IndexError, "0 .. 3, got 4")):
-        cache = _cache()
-        _refuses(cache, lambda c=cache, e=expert_id: c.expert_shard(0, e), error, f"expert_id: expected {message}")
-
-
-def test_too_many_requests():
-    cache = _cache()
-    parts = "max_requests", "2 of 2", "request 1"
-    _refuses(cache, lambda: cache.append(0, K, V, request_id=1), PoolFullError, *parts)
-
-
-@pytest.mark.parametrize(("live", "new"), [((0, 4), [1]), ((0,), [1, 7])])
-def test_a_step_with_too_many_requests(live, new):
-    """Asked before the first layer; blocks there are enough."""
-    cache = _cache()
-    for request_id in {0, 4}.difference(live):
-        cache.release(request_id)
-    cache.check_room(dict.fromkeys([*live, *new][:2], 1))
-    parts = "max_requests", f"{len(live)} of 2", f"no room for request {', '.join(map(str, new))}"
-    _refuses(cache, lambda: cache.check_room(dict.fromkeys([*live, *new], 1)), PoolFullError, *parts)
+        cache = working_cache()
+        refuses(cache, lambda c=cache, e=expert_id: c.expert_shard(0, e), error, f"expert_id: expected {message}")
 
 
 def test_a_released_request_is_gone_and_can_come_again():
-    cache = _cache("int8")
+    cache = working_cache("int8")
     cache.release(0)
     with pytest.raises(UnknownRequestError, match="request 0 does not exist"):
         cache.release(0)

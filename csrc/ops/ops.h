@@ -13,12 +13,6 @@
 
 namespace pikv {
 
-#define PIKV_KEY_ARGUMENTS                                                                                       \
-  const MaybeTensor &k, const MaybeTensor &k_high, const MaybeTensor &k_low, const MaybeTensor &k_scale,         \
-      const MaybeTensor &k_zero, int64_t hi_bits, int64_t lo_bits
-#define PIKV_VALUE_ARGUMENTS                                                                                     \
-  const MaybeTensor &v, const MaybeTensor &v_codes, const MaybeTensor &v_scale, const MaybeTensor &v_zero, int64_t v_bits
-
 std::string use_kernels(std::string name);
 
 void quantize_block(const Tensor& x, int64_t hi_bits, int64_t lo_bits, bool per_channel, Tensor high, MaybeTensor low,

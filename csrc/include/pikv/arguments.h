@@ -13,6 +13,14 @@
 
 #include "pikv/kernels.h"
 
+// A pool's fields as an op's arguments, in the order of the schemas.
+#define PIKV_KEY_ARGUMENTS                                                                                       \
+  const MaybeTensor &k, const MaybeTensor &k_high, const MaybeTensor &k_low, const MaybeTensor &k_scale,         \
+      const MaybeTensor &k_zero, int64_t hi_bits, int64_t lo_bits
+#define PIKV_VALUE_ARGUMENTS                                                                               \
+  const MaybeTensor &v, const MaybeTensor &v_codes, const MaybeTensor &v_scale, const MaybeTensor &v_zero, \
+      int64_t v_bits
+
 namespace pikv {
 
 using torch::headeronly::ScalarType;
