@@ -9,7 +9,7 @@ VENV ?= .venv
 # your own choice: TORCH='torch==2.13.0+cu130' PIP_ARGS='--extra-index-url URL' (PIP_ARGS reach every pip install).
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
-EXTRAS ?= megatron,hf,dev
+EXTRAS ?= megatron,hf,deepspeed,mpi,dev
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
