@@ -123,18 +123,11 @@ class BlockPool:
             self._taken[block_id] = 0
             heapq.heappush(self._free, block_id)
 
-    def write(
-        self,
-        ids: Tensor,
-        encoded: Mapping[str, Tensor],
-        start: Tensor,
-        label: Tensor,
-        importance: Tensor | None,
-    ) -> None:
-        """Writes n blocks at `ids` [n]: each field [n, ...], start, label [n], importance [n, block_size] or None."""
+    def describe(self, ids: Tensor, start: Tensor, label: Tensor, importance: Tensor | None) -> None:
+        """Says what the n blocks `ids` [n] hold, whose fields the caller writes: start, label [n], importance [n,
+        block_size] or None.
+        """
         self.generation += 1
-        for name, tensor in self.fields.items():
-            tensor.index_copy_(0, ids, encoded[name].to(tensor.device))
         self.start.index_copy_(0, ids, start.to(self.device))
         self.label.index_copy_(0, ids, label.to(self.device))
         if self.importance is not None and importance is not None:

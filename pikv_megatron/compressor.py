@@ -76,21 +76,21 @@ class Compressor:
 
         Returns: the tensors of `fields()`, each with a leading dimension of blocks.
         """
-        encoded: dict[str, Tensor] = {}
-        if self.runtime.codec.keys == "none":
-            encoded["k"] = k
-        if self.runtime.needs_planes:
-            high, low, encoded["k_scale"], encoded["k_zero"] = ops.quantize_block(k, *self.key_planes, per_channel=True)
-            encoded["k_high"] = high
-            if low is not None:
-                encoded["k_low"] = low
-        if self.value_bits == 0:
-            encoded["v"] = v
-        else:
-            encoded["v_codes"], _, encoded["v_scale"], encoded["v_zero"] = ops.quantize_block(
-                v, self.value_bits, 0, per_channel=False
-            )
+        count, device = k.shape[0], k.device
+        encoded = {n: torch.empty(count, *f.shape, dtype=f.dtype, device=device) for n, f in self.fields().items()}
+        ops.append(self.keys(encoded), self.values(encoded), torch.arange(count, device=device), k, v)
         return encoded
+
+    def write(self, stored: Mapping[str, Tensor], block_ids: Tensor, k: Tensor, v: Tensor) -> None:
+        """Encodes blocks k, v, as `encode` takes them, into the blocks block_ids [n] of a pool's fields, in one pass. A
+        pool on another device than k gets them encoded there.
+        """
+        device = next(iter(stored.values())).device
+        if device == k.device:
+            ops.append(self.keys(stored), self.values(stored), block_ids, k, v)
+        else:
+            for name, encoded in self.encode(k, v).items():
+                stored[name].index_copy_(0, block_ids, encoded.to(device))
 
     def decode(self, encoded: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Inverse of `encode`: k, v as [blocks, num_query_groups, block_size, channels] in the model's dtype."""

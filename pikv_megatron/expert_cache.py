@@ -124,11 +124,12 @@ class ExpertKVCache:
                     f"start: expected positions {start} .. {start + tokens - 1} to be new, request {request_id} "
                     f"already holds a block from {int(clash[0])} on"
                 )
-        encoded = self.compressor.encode(*(x.unflatten(0, (count, size)).transpose(1, 2) for x in (k, v)))
         table = self._tables.setdefault(request_id, [BlockTable(self.pool)])[0]
         first = len(table)
         table.extend(self.pool.allocate(count))
-        self.pool.write(table.tensor[first:], encoded, starts, torch.full_like(starts, self.expert_id), None)
+        ids = table.tensor[first:]
+        self.compressor.write(self.pool.fields, ids, *(x.unflatten(0, (count, size)).transpose(1, 2) for x in (k, v)))
+        self.pool.describe(ids, starts, torch.full_like(starts, self.expert_id), None)
 
     @torch.no_grad()
     def attend(self, q: Tensor, request_id: int = 0) -> ops.Partial:

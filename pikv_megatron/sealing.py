@@ -8,6 +8,7 @@ and overwritten on the device.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -43,21 +44,19 @@ class LayerState:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Blocks about to be placed: encoded fields, start, label, importance (or None), each with a leading dimension of
-    blocks.
+    """Blocks about to be encoded into their places: k, v [blocks, num_query_groups, block_size, channels], start,
+    label, importance (or None), each with a leading dimension of blocks.
     """
 
-    encoded: dict[str, Tensor]
+    k: Tensor
+    v: Tensor
     start: Tensor
     label: Tensor
     importance: Tensor | None
 
     def pick(self, index: Tensor) -> _Blocks:
         importance = None if self.importance is None else self.importance[index]
-        return _Blocks({n: t[index] for n, t in self.encoded.items()}, self.start[index], self.label[index], importance)
-
-    def write(self, pool: BlockPool, ids: Tensor) -> None:
-        pool.write(ids, self.encoded, self.start, self.label, self.importance)
+        return _Blocks(self.k[index], self.v[index], self.start[index], self.label[index], importance)
 
 
 class Sealer:
@@ -114,7 +113,8 @@ class Sealer:
         count = self.overflow(state.window.tokens)
         if not count:
             return
-        blocks = self._encode(state.window.take(count * self._runtime.block_size), state.sealed_end)
+        tokens = count * self._runtime.block_size
+        blocks = self._blocks(state.window.oldest(tokens), state.sealed_end)
         reserved, state.reserved = state.reserved, []
         if len(reserved[0]) == count:
             self._place(state, 0, blocks, reserved[0])
@@ -122,16 +122,18 @@ class Sealer:
             self._displace_one(state, blocks, reserved)
         else:
             self._displace(state, blocks, reserved)
-        self._streamer.sealed(state.request_id, state.layer_id, state.sealed_end, blocks.encoded, blocks.label)
-        state.sealed_end += count * self._runtime.block_size
+        encode = functools.partial(self._compressor.encode, blocks.k, blocks.v)
+        self._streamer.sealed(state.request_id, state.layer_id, state.sealed_end, encode, blocks.label)
+        state.window.drop(tokens)  # `blocks` may be views of what this overwrites
+        state.sealed_end += tokens
 
-    def _encode(self, raw: RawTokens, start: int) -> _Blocks:
+    def _blocks(self, raw: RawTokens, start: int) -> _Blocks:
         size = self._runtime.block_size
         count = raw.tokens // size
         k, v = (x.unflatten(1, (count, size)).transpose(0, 1) for x in (raw.k, raw.v))
         starts = torch.arange(start, start + raw.tokens, size, device=k.device)
         importance = None if raw.importance is None else raw.importance.unflatten(0, (count, size))
-        return _Blocks(self._compressor.encode(k, v), starts, self._label(raw, count), importance)
+        return _Blocks(k, v, starts, self._label(raw, count), importance)
 
     def _label(self, raw: RawTokens, count: int) -> Tensor:
         """The expert with the largest gate weight summed over each block's tokens; 0 where nothing was observed."""
@@ -139,12 +141,16 @@ class Sealer:
         votes.scatter_add_(1, raw.expert_ids.reshape(count, -1), raw.weights.reshape(count, -1))
         return votes.argmax(1)
 
+    def _write(self, blocks: _Blocks, pool: BlockPool, ids: Tensor) -> None:
+        self._compressor.write(pool.fields, ids, blocks.k, blocks.v)
+        pool.describe(ids, blocks.start, blocks.label, blocks.importance)
+
     def _place(self, state: LayerState, tier: int, blocks: _Blocks, ids: list[int]) -> None:
         """Writes new blocks to `ids` of a tier and enters them in the request's table."""
         table = state.tables[tier]
         first = len(table)
         table.extend(ids)
-        blocks.write(table.pool, table.tensor[first:])
+        self._write(blocks, table.pool, table.tensor[first:])
 
     def _left(self, blocks: int) -> None:
         if self._runtime.budget.over_budget == "demote":
@@ -167,7 +173,7 @@ class Sealer:
                 below = state.tables[1]
                 below.extend(reserved[1])
                 below.pool.copy_from(below.tensor[-1:], device.pool, victim)
-            block.write(device.pool, victim)
+            self._write(block, device.pool, victim)
         self._left(1)
 
     def _displace(self, state: LayerState, blocks: _Blocks, reserved: list[list[int]]) -> None:
@@ -191,7 +197,7 @@ class Sealer:
             moved = below.tensor[first : first + len(old)]
             if old:
                 below.pool.copy_from(moved, pool, torch.tensor(old, device=pool.device))
-            blocks.pick(new_losers).write(below.pool, below.tensor[first + len(old) :])
+            self._write(blocks.pick(new_losers), below.pool, below.tensor[first + len(old) :])
         self._left(over)
         device.remove(set(old))
         self._place(state, 0, blocks.pick(stays.nonzero().flatten()), old + reserved[0])

@@ -6,7 +6,7 @@ This version has the one that is off. The cache calls it at the points where a l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -14,8 +14,15 @@ from torch import Tensor
 class Streamer:
     """A streamer that is off: it keeps nothing."""
 
-    def sealed(self, request_id: int, layer_id: int, start: int, encoded: Mapping[str, Tensor], label: Tensor) -> None:
-        """Blocks of `encoded` (leading dimension: blocks), contiguous from position `start`, were sealed."""
+    def sealed(
+        self, request_id: int, layer_id: int, start: int, encode: Callable[[], Mapping[str, Tensor]], label: Tensor
+    ) -> None:
+        """Blocks contiguous from position `start` were sealed, those too that a budget dropped at once.
+
+        Args:
+            encode: gives their fields (leading dimension: blocks); it encodes them anew, and only until this returns.
+            label: [blocks].
+        """
 
     def released(self, request_id: int) -> None:
         """The request is over."""

@@ -57,7 +57,9 @@ class RawTokens(NamedTuple):
 
 
 def concatenate(parts: list[RawTokens]) -> RawTokens:
-    """Joins runs of tokens, oldest first."""
+    """Joins runs of tokens, oldest first; a single one stays a view."""
+    if len(parts) == 1:
+        return parts[0]
     importance = None if parts[0].importance is None else torch.cat([p.importance for p in parts])  # type: ignore[misc]
     return RawTokens(
         torch.cat([p.k for p in parts], 1),
@@ -161,9 +163,8 @@ class LayerWindow:
             new.importance.zero_()
 
     def read(self) -> RawTokens:
-        """All raw tokens, oldest first: a view of the buffer, or a copy where a chunk waits."""
-        held = self._slot.slice(0, self._in_buffer)
-        return held if self._waiting is None else concatenate([held, self._waiting])
+        """All raw tokens, oldest first: a view, or a copy where a chunk waits beside the buffer."""
+        return self._part(0, self.tokens)
 
     def label_newest(self, expert_ids: Tensor, weights: Tensor) -> None:
         """Labels the newest tokens with expert_ids and weights [tokens, topk]; needs at most `tokens` of them."""
@@ -185,14 +186,21 @@ class LayerWindow:
         if self._waiting is not None and self._waiting.importance is not None:
             self._waiting.importance.add_(importance[self._in_buffer :])
 
-    def take(self, tokens: int) -> RawTokens:
-        """Takes the oldest `tokens` tokens after the sinks off the window; what stays fits the buffer again."""
-        everything = (
-            self.read().clone() if self._waiting is None else self.read()
-        )  # a copy either way: the buffer is rewritten
-        first = self._sinks + tokens
-        kept = everything.tokens - tokens
-        self._slot.slice(0, min(self._sinks, kept)).copy_(everything.slice(0, min(self._sinks, kept)))
-        self._slot.slice(self._sinks, kept).copy_(everything.slice(first, everything.tokens))
-        self._in_buffer, self._waiting = kept, None
-        return everything.slice(self._sinks, first)
+    def oldest(self, tokens: int) -> RawTokens:
+        """The oldest `tokens` tokens after the sinks, until `drop`."""
+        return self._part(self._sinks, self._sinks + tokens)
+
+    def drop(self, tokens: int) -> None:
+        """Forgets what `oldest` gives; what stays fits the buffer again, and is moved to its front."""
+        sinks, kept = self._part(0, self._sinks), self._part(self._sinks + tokens, self.tokens).clone()
+        self._in_buffer, self._waiting = self._sinks + kept.tokens, None
+        self._slot.slice(0, self._sinks).copy_(sinks)
+        self._slot.slice(self._sinks, self._in_buffer).copy_(kept)
+
+    def _part(self, first: int, last: int) -> RawTokens:
+        """Tokens `first` up to `last` of all raw tokens: a view, or a copy of what is in two places."""
+        held = self._slot.slice(min(first, self._in_buffer), min(last, self._in_buffer))
+        if self._waiting is None:
+            return held
+        late = self._waiting.slice(max(0, first - self._in_buffer), max(0, last - self._in_buffer))
+        return concatenate([part for part in (held, late) if part.tokens] or [late])

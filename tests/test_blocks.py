@@ -30,6 +30,12 @@ def _contents(count, seed=0):
     return encoded, start, label, torch.rand(count, 4, generator=rng)
 
 
+def _write(pool, ids, encoded, start, label, importance):
+    for name, tensor in pool.fields.items():
+        tensor[ids] = encoded[name]
+    pool.describe(ids, start, label, importance)
+
+
 def test_ids_are_handed_out_lowest_first_and_once():
     pool = _pool()
     assert pool.allocate(4) == [0, 1, 2, 3]
@@ -79,7 +85,7 @@ def test_a_block_that_is_not_taken_cannot_be_freed(wrong):
 def test_what_is_written_is_what_is_there():
     pool = _pool()
     encoded, start, label, importance = _contents(3)
-    pool.write(torch.tensor([5, 1, 8]), encoded, start, label, importance)
+    _write(pool, torch.tensor([5, 1, 8]), encoded, start, label, importance)
     for place, i in ((5, 0), (1, 1), (8, 2)):
         assert torch.equal(pool.fields["a"][place], encoded["a"][i])
         assert torch.equal(pool.fields["b"][place], encoded["b"][i])
@@ -91,7 +97,7 @@ def test_what_is_written_is_what_is_there():
 
 def test_blocks_are_copied_whole_from_pool_to_pool():
     pool, other = _pool(), BlockPool("host", 6, 4, FIELDS, CPU, True)
-    other.write(torch.arange(4), *_contents(4))
+    _write(other, torch.arange(4), *_contents(4))
     pool.copy_from(torch.tensor([9, 2]), other, torch.tensor([3, 0]))
     for name, tensor in pool.tensors.items():
         assert torch.equal(tensor[9], other.tensors[name][3])

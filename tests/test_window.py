@@ -62,22 +62,26 @@ def test_any_sequence_against_a_list(sinks, window, block_size, importance):
         check(tokens.read(), rows)
         blocks = max(0, (len(rows) - sinks - window) // block_size)
         if blocks:
-            taken = tokens.take(blocks * block_size)
             last = sinks + blocks * block_size
-            check(taken, rows[sinks:last])
+            check(tokens.oldest(blocks * block_size), rows[sinks:last])
+            tokens.drop(blocks * block_size)
             rows = rows[:sinks] + rows[last:]
             assert tokens.waiting_bytes == 0
         check(tokens.read(), rows)
 
 
-def test_what_was_taken_is_a_copy():
-    model, _, tokens = _window()
-    tokens.append(*random_kv(model, 12, generator()))
-    taken = tokens.take(4)
-    before = taken.k.clone()
-    tokens.append(*random_kv(model, 4, generator(1)))
-    tokens.take(4)
-    assert torch.equal(taken.k, before)
+@pytest.mark.parametrize("pieces", [[12], [40], [9, 40]])
+def test_the_oldest_are_seen_where_they_are(pieces):
+    """In the buffer and in a prompt's chunk; only where they lie in both are they joined by a copy."""
+    model, buffer, tokens = _window()
+    for count in pieces:
+        tokens.append(*random_kv(model, count, generator()))
+    seen, places = tokens.oldest(4), {t.data_ptr() for t in buffer.tensors.values()}
+    storages = {t.untyped_storage().data_ptr() for t in seen if t is not None}
+    assert (storages <= places) == (pieces != [40])
+    waiting = tokens._waiting
+    if pieces == [40]:
+        assert storages == {t.untyped_storage().data_ptr() for t in waiting if t is not None}
 
 
 def test_slots_do_not_touch_each_other():
@@ -89,7 +93,7 @@ def test_slots_do_not_touch_each_other():
         tokens.append(*random_kv(model, 4, generator(6)))
         tokens.label_newest(*random_routing(model, 4, generator(7)))
         if tokens.tokens >= 12:
-            tokens.take(4)
+            tokens.drop(4)
     for mine, theirs in zip(other.read(), before, strict=True):
         assert mine is theirs is None or torch.equal(mine, theirs)
 
@@ -103,7 +107,7 @@ def test_the_buffer_is_written_in_place():
         assert tokens.waiting_bytes == 0
         assert tokens.read().k.data_ptr() == buffer.k[1].data_ptr()
         if tokens.tokens == 12:
-            tokens.take(4)
+            tokens.drop(4)
     assert {name: t.data_ptr() for name, t in buffer.tensors.items()} == places
 
 

@@ -85,8 +85,7 @@ void check_wide_places(const Tensor& first, const Tensors&... others) {
 inline int64_t head_rows(const char* name, const Tensor& x, int64_t groups, int64_t channels) {
   STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == groups && x.size(2) == channels, name, ": expected [", groups,
                   ", tokens, ", channels, "]");
-  STD_TORCH_CHECK(x.stride(2) == 1 && x.stride(1) == channels && x.stride(0) % channels == 0, name,
-                  ": expected rows that follow each other");
+  STD_TORCH_CHECK(rows_follow(x) && x.stride(0) % channels == 0, name, ": expected rows that follow each other");
   return x.stride(0) / channels;
 }
 

@@ -34,8 +34,7 @@ void append(const Tensor& new_k, const Tensor& new_v, const Tensor& block_ids, P
             PIKV_VALUE_ARGUMENTS) {
   const auto blocks_of = [](const char* name, const Tensor& x) {
     STD_TORCH_CHECK(
-        x.dim() == 4 && x.stride(3) == 1 && x.stride(2) == x.size(3) && x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0,
-        name, ": expected [blocks, groups, block_size, channels] whose rows follow each other");
+        x.dim() == 4 && rows_follow(x) && x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0, name, ": expected [blocks, groups, block_size, channels] whose rows follow each other");
     const int64_t size = x.element_size();
     return Blocks{x.const_data_ptr(), x.stride(0) * size, x.stride(1) * size};
   };

@@ -84,7 +84,7 @@ struct RawRows {
   RawRows(const char* name, const Tensor& x, int64_t groups, int64_t channels) : dtype(dtype_of(name, x)), dim(channels) {
     STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == groups && x.size(2) == channels, name, ": expected [", groups, ", tokens, ",
                     channels, "]");
-    STD_TORCH_CHECK(x.stride(2) == 1 && x.stride(1) == channels, name, ": expected rows that follow each other");
+    STD_TORCH_CHECK(rows_follow(x), name, ": expected rows that follow each other");
     base = static_cast<const char*>(x.const_data_ptr());
     tokens = x.size(1);
     head_bytes = x.stride(0) * (dtype == Dtype::kFloat32 ? 4 : 2);

@@ -60,7 +60,7 @@ void append(const Tensor& new_k, const Tensor& new_v, const Tensor& block_ids, M
             MaybeTensor v_codes, MaybeTensor v_scale, MaybeTensor v_zero, int64_t v_bits) {
   const Dtype k_dtype = dtype_of("new_k", new_k), v_dtype = dtype_of("new_v", new_v);
   for (const auto& [name, x] : {std::pair{"new_k", &new_k}, std::pair{"new_v", &new_v}})
-    STD_TORCH_CHECK(x->dim() == 4 && x->stride(3) == 1 && x->stride(2) == x->size(3), name,
+    STD_TORCH_CHECK(x->dim() == 4 && rows_follow(*x), name,
                     ": expected [blocks, groups, block_size, channels] whose rows follow each other");
   const int64_t count = new_k.size(0), groups = new_k.size(1), tokens = new_k.size(2), dim = new_k.size(3);
   const int64_t value_dim = new_v.size(3);

@@ -82,6 +82,15 @@ def test_append_to_a_pool_without_index(ops):
     assert torch.equal(values.raw[[4, 9]], 2 * new)
 
 
+def test_strides_of_a_single_row_say_nothing(ops):
+    keys, values = _pool("int8", 1, 16, 16, torch.float32)
+    new = torch.randn(2, GROUPS, 16, 1).transpose(2, 3)
+    assert new.is_contiguous()
+    assert new.stride(2) == 1
+    ops.append(keys, values, torch.tensor([4, 9]), new, new)
+    assert torch.equal(keys.zero[[4, 9]], reference.quantize_block(new, 4, 4, per_channel=True)[3])
+
+
 def test_nothing_is_appended(ops):
     keys, values = _pool("int8", 8, 16, 16, torch.float32)
     none = torch.empty(0, GROUPS, 8, 16)

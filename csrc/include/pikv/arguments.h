@@ -47,6 +47,12 @@ inline void check(const char* name, const Tensor& x, ScalarType dtype, const std
                     x.size(i));
 }
 
+// Whether the rows (last dimension) of x follow each other within its last two dimensions. Strides of a dimension of size 1 say nothing.
+inline bool rows_follow(const Tensor& x) {
+  const int64_t last = x.dim() - 1, channels = x.size(last);
+  return x.numel() == 0 || ((channels == 1 || x.stride(last) == 1) && (x.size(last - 1) == 1 || x.stride(last - 1) == channels));
+}
+
 template <class T>
 const T* data(const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); }
 template <class T>
