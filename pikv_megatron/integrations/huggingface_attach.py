@@ -1,0 +1,80 @@
+"""Attaching a Hugging Face model: its attention is switched to PiKV's, its routers are watched; and back."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from pikv_megatron.integrations import huggingface_attention  # noqa: F401 - registers what attach switches to
+from pikv_megatron.integrations.huggingface_current import NAME, current
+from pikv_megatron.integrations.huggingface_model import Router, find_model, model_config, read_routing, routers
+
+
+@dataclass
+class _Attached:
+    implementation: str
+    hooks: list[RemovableHandle]
+
+
+_attached: weakref.WeakKeyDictionary[PreTrainedModel, _Attached] = weakref.WeakKeyDictionary()
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether `attach` has been called on the model."""
+    return find_model(model) in _attached
+
+
+def attach(model: nn.Module) -> None:
+    """Switches a model's attention to PiKV and watches its routers; weights and state dict keys stay.
+
+    From then on the model runs with a `PiKVHFCache` only, until `detach`.
+
+    Raises:
+        RuntimeError: the model is attached already.
+        NotImplementedError: PiKV does not serve this model exactly; the message names why.
+    """
+    hf_model = find_model(model)
+    if hf_model in _attached:
+        raise RuntimeError(f"model: {type(hf_model).__name__} is on PiKV already; detach(model) first")
+    model_config(hf_model)
+    found = routers(hf_model)
+    implementation = hf_model.config.get_text_config(decoder=True)._attn_implementation
+    hf_model.set_attn_implementation(NAME)
+    hooks = [router.gate.register_forward_hook(partial(_observe, router)) for router in found]
+    _attached[hf_model] = _Attached(implementation, hooks)
+
+
+def detach(model: nn.Module) -> None:
+    """Undoes `attach`.
+
+    Raises:
+        RuntimeError: the model is not attached.
+    """
+    hf_model = find_model(model)
+    if hf_model not in _attached:
+        raise RuntimeError(f"model: {type(hf_model).__name__} is not on PiKV, nothing to detach")
+    attached = _attached.pop(hf_model)
+    for hook in attached.hooks:
+        hook.remove()
+    hf_model.set_attn_implementation(attached.implementation)
+
+
+def _observe(router: Router, gate: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Tells the cache which experts the tokens went to whose attention has just run."""
+    routed = current.routed
+    if routed is None or routed.layer_id != router.layer_id:
+        return
+    current.routed = None
+    routing = read_routing(output, router)
+    if routing is None:
+        raise RuntimeError(
+            f"layer {router.layer_id}: expected {type(gate).__name__} to return expert ids and weights, or logits of "
+            f"{router.num_experts} experts"
+        )
+    routed.cache.observe(routed.layer_id, routed.step, *routing)

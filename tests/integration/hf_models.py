@@ -1,0 +1,78 @@
+"""Small random models of the families that the Hugging Face tests run on, from their configs: grouped queries, MLA,
+learnt sinks, sliding windows, shared experts and dense layers in front, as the published models have them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+VOCAB = 128
+SHARED = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+MLA = {
+    "num_key_value_heads": 8,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Mixtral": {**LOCAL, "sliding_window": None},
+    "Qwen3Moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "head_dim": 16,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [1],
+    },
+    "Olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
+    "DeepseekV2": {**MLA, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy"},
+    "DeepseekV3": {**MLA, "q_lora_rank": 24, "n_group": 2, "topk_group": 1},
+    "GraniteMoe": {**LOCAL, "attention_multiplier": 0.2},
+    "Phimoe": {**LOCAL, "sliding_window": None},
+    "Llama": {},
+    "Qwen3": {"head_dim": 16},
+}
+
+
+def make(family: str, **changes: Any) -> PreTrainedModel:
+    """A random model of a family, in eval mode, with weights large enough that attention has something to choose."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{**SHARED, **FAMILIES[family], **changes})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def prompts(rows: int = 3, columns: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [rows, columns] and a mask that pads every row but the last on the left, by different lengths."""
+    ids = torch.randint(1, VOCAB, (rows, columns), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    for row in range(rows - 1):
+        mask[row, : columns // 2 - 7 * row] = 0
+    return ids * mask, mask
