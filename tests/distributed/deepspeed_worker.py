@@ -1,0 +1,45 @@
+"""One rank of test_deepspeed.py, under any launcher: does its checks and writes what it saw.
+
+Usage: deepspeed_worker.py [--local_rank N] OUTPUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # the deepspeed launcher starts scripts without their folder
+
+
+def main(output: str) -> None:
+    import deepspeed_moe_training
+    from deepspeed import comm
+
+    from pikv_megatron.integrations import deepspeed_support
+
+    torch.set_num_threads(1)
+    backend = importlib.import_module("deepspeed.comm.torch")
+    built = backend.build_shm_op
+    deepspeed_support.init_distributed()
+    report = {
+        "shared memory": {
+            "used": comm.comm.cdb.shm_comm_op is not None,
+            "patched still": backend.build_shm_op is not built,
+        },
+        "moe training": deepspeed_moe_training.check(comm.get_world_size()),
+    }
+    Path(f"{output}.{comm.get_rank()}.json").write_text(json.dumps(report))
+    comm.barrier()
+    comm.destroy_process_group()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--local_rank")
+    parser.add_argument("output")
+    main(parser.parse_args().output)

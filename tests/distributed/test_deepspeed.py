@@ -1,0 +1,66 @@
+"""Two ranks by torchrun, which sets no LOCAL_SIZE, and by the deepspeed launcher, which does: every check of
+`deepspeed_worker.py` under both.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"),
+]
+
+WORKER = Path(__file__).with_name("deepspeed_worker.py")
+RANKS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_SIZE")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def command(launcher: str) -> list[str]:
+    if launcher == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    address = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", *address]
+
+
+@pytest.fixture(scope="module", params=["torchrun", "deepspeed"])
+def ranks(request, tmp_path_factory):
+    """The reports of both ranks under one launcher."""
+    output = tmp_path_factory.mktemp("seen") / "report"
+    environment = {name: value for name, value in os.environ.items() if name not in RANKS}
+    root = str(WORKER.parents[2])
+    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": root}
+    run = subprocess.run(
+        [*command(request.param), str(WORKER), str(output)],
+        env=environment, cwd=root, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]
+    return [json.loads(Path(f"{output}.{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_there_is_no_shared_memory_all_reduce(ranks):
+    for report in ranks:
+        assert report["shared memory"] == {"used": False, "patched still": False}
+
+
+def test_moe_trains_alike_with_hooks_and_without(ranks):
+    for report in ranks:
+        seen = report["moe training"]
+        assert seen["equal"] and seen["learns"], seen["losses"]
+        assert seen["events"] and seen["silent behind remove"] and seen["restored"]
+        assert seen["shape"] == [20 * 2, 24, 2]
+        assert seen["experts"] == [0, 1, 2, 3] and seen["distinct"] and seen["weights"] <= 1e-6
+    assert ranks[0]["moe training"]["losses"] != ranks[1]["moe training"]["losses"]
