@@ -300,10 +300,7 @@ class RuntimeConfig:
     @classmethod
     def from_deepspeed(cls, config: Mapping[str, Any] | str | Path) -> RuntimeConfig:
         """From a DeepSpeed config (dict or JSON file): its `"pikv"` block, same sections as YAML."""
-        whole = config if isinstance(config, Mapping) else json.loads(Path(config).read_text())
-        if "pikv" not in whole:
-            raise ConfigError(f"pikv: expected this block in the DeepSpeed config, got the keys {sorted(whole)}")
-        return from_mapping(_File, whole["pikv"], "pikv").runtime
+        return load_deepspeed(config)[2]
 
 
 @dataclass(frozen=True)
@@ -326,6 +323,24 @@ def load(source: Mapping[str, Any] | str | Path) -> tuple[ModelConfig | None, Ru
     """
     file = from_mapping(_File, source if isinstance(source, Mapping) else read_yaml(source), "")
     return file.model, file.runtime
+
+
+def load_deepspeed(
+    config: Mapping[str, Any] | str | Path,
+) -> tuple[dict[str, Any], ModelConfig | None, RuntimeConfig]:
+    """Reads a DeepSpeed config (dict or JSON file) whose `"pikv"` block has the sections of a YAML file.
+
+    Returns:
+        What is DeepSpeed's, the block taken out; the model's config (None where the section is missing); the runtime's.
+
+    Raises:
+        ConfigError: no such block, or as `load`.
+    """
+    rest = dict(config) if isinstance(config, Mapping) else json.loads(Path(config).read_text(encoding="utf-8"))
+    if "pikv" not in rest:
+        raise ConfigError(f"pikv: expected this block in the DeepSpeed config, got the keys {sorted(rest)}")
+    file = from_mapping(_File, rest.pop("pikv"), "pikv")
+    return rest, file.model, file.runtime
 
 
 Source = Mapping[str, Any] | str | Path

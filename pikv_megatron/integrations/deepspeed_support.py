@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -65,6 +66,21 @@ def without_shared_memory() -> Iterator[None]:
         yield
     finally:
         backend.build_shm_op = built
+
+
+@contextmanager
+def local_rank() -> Iterator[None]:
+    """While it lasts, LOCAL_RANK is set, without which DeepSpeed's training engine does not start: a process that no
+    launcher has started is 0.
+    """
+    if "LOCAL_RANK" in os.environ:
+        yield
+        return
+    os.environ["LOCAL_RANK"] = "0"
+    try:
+        yield
+    finally:
+        del os.environ["LOCAL_RANK"]
 
 
 @contextmanager
