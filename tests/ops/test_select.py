@@ -114,6 +114,24 @@ def test_mass_reads_until_little_enough_is_missed(ops, codec, slope, blocks, siz
             torch.testing.assert_close(partial.lse.double(), lse, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("slope", [None, 0.9])
+def test_mass_of_several_pools_is_that_of_one(ops, codec, slope):
+    """Blocks that lie in two pools, one of them with other block ids than the order of its tokens."""
+    held = random_store(30, 2, 16, 32, 16, codec, seed=11)
+    q, ids = 3 * torch.randn(2, 3, 32, generator=_rng(12)), torch.randperm(30, generator=_rng(13))
+    one, parts = ([(held.keys, held.values, some) for some in pools] for pools in ([ids], [ids[:7], ids[7:8], ids[8:]]))
+    scores = [[ops.score_tokens(q, held.keys, some, SCALE) for _, _, some in pools] for pools in (one, parts)]
+    for epsilon in (0.3, 0.02):
+        raw_lse = torch.full((2, 3), -1.0)
+        (whole,), read = ops.attend_mass(q, one, scores[0], slope, raw_lse, epsilon, SCALE)
+        partials, read_apart = ops.attend_mass(q, parts, scores[1], slope, raw_lse, epsilon, SCALE)
+        assert torch.equal(read_apart, read)
+        assert 0 < read.sum() < read.numel()
+        merged = ops.merge_partials(partials)
+        assert (merged.out - whole.out).abs().max() <= 1e-5 * held.v.abs().max()
+        torch.testing.assert_close(merged.lse, whole.lse, rtol=1e-5, atol=1e-5)
+
+
 def test_mass_of_next_to_nothing_reads_everything(ops, codec):
     held = random_store(20, 2, 16, 32, 16, codec, seed=6)
     q = torch.randn(2, 3, 32, generator=_rng(7))

@@ -43,7 +43,7 @@ from pikv_megatron.ops.reference.score import (
     token_importance,
     window_importance,
 )
-from pikv_megatron.ops.reference.select import attend_mass, rank_tokens, select_topk, unread_mass
+from pikv_megatron.ops.reference.select import attend_mass, rank_tokens, select_mass, select_topk, unread_mass
 
 __all__ = [
     "CHUNK_BYTES",
@@ -77,6 +77,7 @@ __all__ = [
     "round_half_up",
     "score_blocks",
     "score_tokens",
+    "select_mass",
     "select_topk",
     "token_importance",
     "unpack",

@@ -78,17 +78,27 @@ def attend_mass(
     Returns: one partial per pool, and who was read: [G, tokens] bool, the pools' tokens one after another.
     """
     logits = [key_logits(q, keys, block_ids, softmax_scale) for keys, _, block_ids in stored]
-    coarse = torch.cat([s.coarse.flatten(2) for s in scores], -1)
+    rank = rank_tokens(torch.cat([s.coarse.flatten(2) for s in scores], -1), raw_lse)
+    read = select_mass(rank, scores, slope, torch.cat(logits, -1), raw_lse, epsilon)
+    parts = zip(stored, logits, read.split([x.shape[-1] for x in logits], dim=-1), strict=True)
+    return [attend_masked(x, mine, values, block_ids) for (_, values, block_ids), x, mine in parts], read
+
+
+def select_mass(
+    rank: Tensor, scores: list[TokenScores], slope: float | None, if_read: Tensor, raw_lse: Tensor, epsilon: float
+) -> Tensor:
+    """Which tokens attend_mass reads, where all their logits are known: [G, tokens] bool. Waits for no device.
+
+    Args:
+        rank: [G, tokens], by which the tokens are in order. if_read: [G, R, tokens], their logits. The rest as there.
+    """
     if_unread = torch.cat([_logits(s, slope).flatten(2) for s in scores], -1)
-    if_read = torch.cat(logits, -1)
-    order = rank_tokens(coarse, raw_lse).sort(dim=-1, descending=True, stable=True).indices
-    index = order.unsqueeze(1).expand_as(coarse)
+    order = rank.sort(dim=-1, descending=True, stable=True).indices
+    index = order.unsqueeze(1).expand_as(if_read)
     top = torch.maximum(torch.maximum(if_unread.amax(-1), if_read.amax(-1)), raw_lse).unsqueeze(-1)
     unread = (if_unread - top).gather(-1, index).double().exp_()
     seen = (if_read - top).gather(-1, index).double().exp_()
     after = unread.flip(-1).cumsum_(-1).flip(-1)  # missed if reading stops before this token
     before = seen.cumsum(-1) - seen + (raw_lse.unsqueeze(-1) - top).double().exp_()
     needed = (after >= epsilon * (after + before)).any(1)  # where both vanish beside `top`, read on
-    read = torch.zeros_like(needed).scatter_(1, order, needed)
-    parts = zip(stored, logits, read.split([x.shape[-1] for x in logits], dim=-1), strict=True)
-    return [attend_masked(x, mine, values, block_ids) for (_, values, block_ids), x, mine in parts], read
+    return torch.zeros_like(needed).scatter_(1, order, needed)
