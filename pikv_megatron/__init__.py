@@ -1,14 +1,15 @@
-"""PiKV for Megatron-core and DeepSpeed: a KV cache for mixture-of-experts models. The public names, nothing else."""
+"""PiKV for Megatron-core and DeepSpeed: a KV cache for mixture-of-experts models. The public names, nothing else.
 
-from pikv_megatron.blocks import PoolFullError
-from pikv_megatron.cache import PiKVCache
-from pikv_megatron.checks import UnknownRequestError
-from pikv_megatron.compressor import Compressor
-from pikv_megatron.config import ModelConfig, RuntimeConfig
-from pikv_megatron.config_io import ConfigError
-from pikv_megatron.expert_cache import ExpertKVCache
-from pikv_megatron.results import AttendResult, Retrieved
-from pikv_megatron.streamer import Streamer
+They are loaded on first use, so that the command line can say in one line what keeps the ops from loading.
+"""
+
+# ruff: noqa: F405
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pikv_megatron.public import *  # noqa: F403
 
 __version__ = "0.1.0"
 
@@ -25,3 +26,13 @@ __all__ = [
     "Streamer",
     "UnknownRequestError",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("pikv_megatron.public"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

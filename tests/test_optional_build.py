@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def test_required_ops_that_cannot_be_built_are_an_error(tree):
 
 @pytest.mark.parametrize("variables", [{"PIKV_OPS": "avx2"}, {"PIKV_REQUIRE_EXT": "1"}])
 def test_kernels_that_are_asked_for_but_not_built_are_an_import_error(tree, variables):
-    done = run(tree, "-c", "import pikv_megatron", **variables)
+    done = run(tree, "-c", "from pikv_megatron import PiKVCache", **variables)
     assert done.returncode == 1
     error = done.stderr.splitlines()[-1]
     assert error.startswith("ImportError: PIKV_OPS is ")
@@ -97,9 +98,23 @@ def test_plain_torch_can_be_asked_for(tree):
     done = run(tree, "-c", RUNS_REFERENCE.format(root=str(tree)), PIKV_OPS="reference")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert run(tree, "-c", "import pikv_megatron", PIKV_OPS="auto").returncode != 0
+    assert run(tree, "-c", "import pikv_megatron.ops", PIKV_OPS="auto").returncode != 0
 
 
 def test_an_unknown_choice_is_refused_by_name(tree):
-    done = run(tree, "-c", "import pikv_megatron", PIKV_OPS="fast")
+    done = run(tree, "-c", "import pikv_megatron.ops", PIKV_OPS="fast")
     assert done.stderr.splitlines()[-1].startswith("ValueError: PIKV_OPS: expected one of auto, ")
+
+
+def test_the_command_line_says_it_in_one_line(tree):
+    done = run(tree, "-m", "pikv_megatron", "demo", PIKV_OPS="fast")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "pikv: error: PIKV_OPS: expected one of auto, reference, scalar, avx2, avx512, got 'fast'\n"
+    (tree / "pikv_megatron" / "_ops.abi3.so").write_bytes(b"not a library of this torch")
+    done = run(tree, "-m", "pikv_megatron", "doctor", PIKV_OPS="auto")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(
+        r"pikv: error: PIKV_OPS is 'auto', but \S+_ops.abi3.so does not load under torch .+: .+; `make install` builds "
+        r"it anew, PIKV_OPS=reference does without\n",
+        done.stderr,
+    )

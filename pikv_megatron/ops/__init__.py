@@ -52,9 +52,18 @@ def _load() -> str | None:
         log.warning("the compiled ops are not built: plain torch is used, which is slower (see `make install`)")
         return None
     for library in libraries:  # the CPU's first: it brings the schemas; then CUDA's kernels, where they were built
-        torch.ops.load_library(library)
+        try:
+            torch.ops.load_library(library)
+        except OSError as error:
+            raise ImportError(
+                f"PIKV_OPS is {choice!r}, but {library} does not load under torch {torch.__version__}: {error}; `make "
+                "install` builds it anew, PIKV_OPS=reference does without"
+            ) from error
     kernels.register_fakes()
-    return use_kernels(choice)
+    try:
+        return use_kernels(choice)
+    except RuntimeError as error:
+        raise ValueError(f"PIKV_OPS: expected a set that this processor has, got {choice!r}: {error}") from error
 
 
 kernel_set = _load()
