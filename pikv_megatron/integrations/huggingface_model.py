@@ -84,7 +84,8 @@ def _router(layer_id: int, module: nn.Module) -> Router | None:
     for gate in (module, *module.children()):
         weight = getattr(gate, "weight", None)
         if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] == num_experts:
-            return Router(layer_id, gate, num_experts, topk)
+            alone = list(module.children()) == [gate]  # a router around its gate, as AutoEP's, which does the choosing
+            return Router(layer_id, module if alone else gate, num_experts, topk)
     return None
 
 

@@ -13,11 +13,16 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # the deepspeed launcher starts scripts without their folder
+HERE = Path(__file__).parent
+sys.path[:0] = [
+    str(HERE),
+    str(HERE.parent / "integration"),
+]  # the deepspeed launcher starts scripts without their folder
 
 
 def main(output: str) -> None:
     import deepspeed_moe_training
+    import deepspeed_serving
     from deepspeed import comm
 
     from pikv_megatron.integrations import deepspeed_support
@@ -32,6 +37,8 @@ def main(output: str) -> None:
             "patched still": backend.build_shm_op is not built,
         },
         "moe training": deepspeed_moe_training.check(comm.get_world_size()),
+        "tensor parallel": deepspeed_serving.tensor_parallel(comm.get_world_size()),
+        "expert parallel": deepspeed_serving.expert_parallel(comm.get_world_size(), comm.get_rank()),
     }
     Path(f"{output}.{comm.get_rank()}.json").write_text(json.dumps(report))
     comm.barrier()

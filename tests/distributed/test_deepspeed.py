@@ -64,3 +64,50 @@ def test_moe_trains_alike_with_hooks_and_without(ranks):
         assert seen["shape"] == [20 * 2, 24, 2]
         assert seen["experts"] == [0, 1, 2, 3] and seen["distinct"] and seen["weights"] <= 1e-6
     assert ranks[0]["moe training"]["losses"] != ranks[1]["moe training"]["losses"]
+
+
+def check_generation(seen):
+    assert seen["same tokens"] and seen["worst"] <= 1e-4
+    assert seen["same labels"] and seen["blocks"] > 50 and seen["experts"] > 4
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "DeepseekV2", "DeepseekV3", "GraniteMoe"])
+def test_autotp_generates_what_one_rank_does_with_half_the_cache_each(ranks, family):
+    for report in ranks:
+        seen = report["tensor parallel"][family]
+        check_generation(seen)
+        mine, all_groups = seen["groups"]
+        assert 2 * mine == all_groups
+        held, held_alone = seen["bytes"]
+        assert held <= 0.51 * held_alone
+    both = [report["tensor parallel"] for report in ranks]
+    assert both[0][family]["tokens"] == both[1][family]["tokens"]
+
+
+def test_autotp_compressed_and_sampled(ranks):
+    both = [report["tensor parallel"] for report in ranks]
+    for report in both:
+        seen = report["Mixtral INT8"]
+        assert 1e-3 < seen["worst"] <= 0.5
+        assert seen["worst beside PiKV alone"] <= 0.05  # a code may round the other way
+    assert both[0]["sampled"] == both[1]["sampled"]
+
+
+def test_autotp_refuses_by_name_what_it_would_get_wrong(ranks):
+    for report in ranks:
+        seen = report["tensor parallel"]
+        for family, model_type in (("Olmoe", "olmoe"), ("Phimoe", "phimoe")):
+            assert seen[family].startswith("tensor_parallel.tp_size: AutoTP") and model_type in seen[family]
+        assert seen["one KV head"] == "tensor_parallel.tp_size: expected a divisor of the 1 KV heads, got 2"
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_autoep_generates_what_one_rank_does_though_ranks_end_at_different_steps(ranks, family):
+    for report in ranks:
+        seen = report["expert parallel"][family]
+        check_generation(seen)
+        assert set(seen["local experts"]) == {4}
+        assert report["expert parallel"]["registry restored"]
+    rows = [len(report["expert parallel"][family]["tokens"]) for report in ranks]
+    lengths = [len(report["expert parallel"][family]["tokens"][0]) for report in ranks]
+    assert rows == [3, 2] and lengths == [40 + 64, 48 + 40]

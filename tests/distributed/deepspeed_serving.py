@@ -1,0 +1,108 @@
+"""What a rank does in test_deepspeed.py with Hugging Face models: the same generation by transformers alone, on this
+rank, and by DeepSpeed on PiKV.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hf_models import make, prompts
+from transformers import DynamicCache
+
+RUNTIME = {"window": 8, "sinks": 2, "block_size": 8, "max_tokens": 1024}
+INT8 = {**RUNTIME, "codec": {"keys": "int8", "values": "int8"}}
+BY_AUTOTP = ("Mixtral", "Qwen3Moe", "DeepseekV2", "DeepseekV3", "GraniteMoe")
+NOT_BY_AUTOTP = ("Olmoe", "Phimoe")
+BY_AUTOEP = ("Mixtral", "Qwen3Moe")
+NEW = 64
+
+
+def generate(by: Any, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, and the logits of each step [new, rows, vocabulary]."""
+    options = {"max_new_tokens": NEW, "do_sample": False, "output_logits": True, **options}
+    out = by.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)
+    return out.sequences, torch.stack(out.logits)
+
+
+def labels(cache: Any) -> list[tuple[int, int, int, int]]:
+    """(layer, request, position of the block's first token, expert) of every sealed block."""
+    found = []
+    for layer_id in range(cache.model.num_layers):
+        for expert in range(cache.model.num_experts):
+            shard = cache.expert_shard(layer_id, expert)
+            for request_id in shard.requests():
+                starts = shard.retrieve(request_id)[2][:: cache.runtime.block_size]
+                found += [(layer_id, request_id, int(start), expert) for start in starts]
+    return sorted(found)
+
+
+def compare(engine: Any, family: str, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> dict[str, Any]:
+    """An engine's answers beside those of transformers' own cache; its labels beside those of PiKV without DeepSpeed."""
+    from pikv_megatron.integrations.huggingface import PiKVHFCache
+
+    stock = make(family)
+    tokens, logits = generate(stock, ids, mask, past_key_values=DynamicCache(config=stock.config), **options)
+    ours, our_logits = generate(engine, ids, mask, **options)
+    cache = engine.pikv_cache.cache
+    alone = PiKVHFCache(stock, cache.runtime)
+    _, logits_alone = generate(stock, ids, mask, past_key_values=alone, **options)
+    made = labels(cache)
+    return {
+        "same tokens": torch.equal(ours, tokens),
+        "worst": (our_logits - logits).abs().max().item(),
+        "worst beside PiKV alone": (our_logits - logits_alone).abs().max().item(),
+        "groups": [cache.model.num_query_groups, alone.cache.model.num_query_groups],
+        "bytes": [c.stats()["tiers"]["device"]["bytes_held"] for c in (cache, alone.cache)],
+        "same labels": set(made) >= set(labels(alone.cache)),  # more where a rank went on while others were not done
+        "blocks": len(made),
+        "experts": len({expert for *_, expert in made}),
+        "tokens": ours.tolist(),
+    }
+
+
+def tensor_parallel(ranks: int) -> dict[str, Any]:
+    """AutoTP over all ranks: the same call on each."""
+    from pikv_megatron.integrations import deepspeed as host
+
+    base = {"dtype": "fp32", "tensor_parallel": {"tp_size": ranks}}
+    ids, mask = prompts()
+    report: dict[str, Any] = {}
+    for family in BY_AUTOTP:
+        engine = host.init_inference(make(family), {**base, "pikv": {"runtime": RUNTIME}})
+        report[family] = compare(engine, family, ids, mask)
+    engine = host.init_inference(make("Mixtral"), {**base, "pikv": {"runtime": INT8}})
+    report["Mixtral INT8"] = compare(engine, "Mixtral", ids, mask, max_new_tokens=16)
+    torch.manual_seed(5)
+    report["sampled"] = generate(engine, ids, mask, do_sample=True)[0].tolist()
+    for family in NOT_BY_AUTOTP:
+        model = make(family)
+        try:
+            host.init_inference(model, {**base, "pikv": {"runtime": RUNTIME}})
+        except NotImplementedError as error:
+            report[family] = str(error)
+    try:
+        host.init_inference(make("Mixtral", num_key_value_heads=1), {**base, "pikv": {}})
+    except ValueError as error:
+        report["one KV head"] = str(error)
+    return report
+
+
+def expert_parallel(ranks: int, rank: int) -> dict[str, Any]:
+    """AutoEP over all ranks: each has prompts of its own, and they end at different steps."""
+    from transformers.utils import output_capturing
+
+    from pikv_megatron.integrations import deepspeed as host
+
+    base = {"train_micro_batch_size_per_gpu": 1, "expert_parallel": {"enabled": True, "autoep_size": ranks}}
+    ids, mask = prompts(rows=3 - rank, columns=40 + 8 * rank)
+    registry = output_capturing._CAN_RECORD_REGISTRY
+    kind, entries = type(registry), dict(registry)
+    report: dict[str, Any] = {}
+    for family in BY_AUTOEP:
+        engine, *_ = host.initialize(make(family), {**base, "pikv": {"runtime": RUNTIME}})
+        report[family] = compare(engine, family, ids, mask, max_new_tokens=NEW - 24 * rank)
+        layers = host.autoep_layers(engine)
+        report[family]["local experts"] = [layer.num_local_experts for layer in layers]
+    report["registry restored"] = type(registry) is kind and entries.items() <= dict(registry).items()
+    return report
