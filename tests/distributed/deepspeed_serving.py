@@ -38,7 +38,7 @@ def labels(cache: Any) -> list[tuple[int, int, int, int]]:
 
 
 def compare(engine: Any, family: str, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> dict[str, Any]:
-    """An engine's answers beside those of transformers' own cache; its labels beside those of PiKV without DeepSpeed."""
+    """An engine's answers beside those of transformers' own cache; its labels beside PiKV's without DeepSpeed."""
     from pikv_megatron.integrations.huggingface import PiKVHFCache
 
     stock = make(family)
