@@ -115,8 +115,8 @@ def test_initialize_with_autoep_on_one_rank():
     tokens, _ = generate(stock, ids, mask)
     config = {**TRAINING, "expert_parallel": {"enabled": True, "autoep_size": 1}, "pikv": {"runtime": RUNTIME}}
     before = dict(os.environ)
-    engine, *_ = host.initialize(make("Mixtral"), config)
-    assert dict(os.environ) == before
+    engine, *_ = host.initialize(make("Mixtral").train(), config)
+    assert dict(os.environ) == before and not engine.module.training
     assert len(host.autoep_layers(engine)) == 3
     assert torch.equal(generate(engine, ids, mask)[0], tokens)
     with pytest.raises(RuntimeError, match=r"AutoEP of DeepSpeed .* found no experts .* GraniteMoeForCausalLM"):
