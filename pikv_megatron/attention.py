@@ -40,10 +40,12 @@ class Attention:
         """Attention of the newest `tokens` tokens of a request, causal by position. With a budget, what they looked at
         gains importance.
         """
+        if state.sliding is not None:
+            return Attended(self._attend_sliding(state, state.sliding, rows, tokens), None)
         scale, config = self._model.scale, self._runtime.attention
         sealed = [table for table in state.tables if len(table)]
         sources = [self._source(table) for table in sealed]
-        if state.newest_is_sealed(self._runtime.sinks, tokens):
+        if state.newest_is_sealed(tokens):
             return Attended(self._attend_by_position(state, rows, tokens, sealed, sources), None)
         raw = state.window.read()
         window = ops.attend_window(rows, raw.k, raw.v, tokens, scale)
@@ -66,6 +68,9 @@ class Attention:
         """Attention of one decode token of each of several requests, rows [requests, G, R, D], over everything they
         hold, in mode exact without a budget: the sealed blocks of all of them by one op.
         """
+        if states[0].sliding is not None:
+            parts = [self.attend(state, q, 1).partial for state, q in zip(states, rows, strict=True)]
+            return ops.Partial(*(torch.stack(part) for part in zip(*parts, strict=True)))
         scale, raw = self._model.scale, [state.window.read() for state in states]
         windows = [ops.attend_window(q, r.k, r.v, 1, scale) for q, r in zip(rows, raw, strict=True)]
         window = ops.Partial(*(torch.stack(part) for part in zip(*windows, strict=True)))
@@ -82,6 +87,20 @@ class Attention:
         )
         return ops.merge_partials([window, sealed])
 
+    def _attend_sliding(self, state: LayerState, window: int, rows: Tensor, tokens: int) -> ops.Partial:
+        """Of a sliding-window layer: everything that its queries see is raw."""
+        raw, scale = state.window.read(), self._model.scale
+        if state.sealed_end and state.length - tokens - window + 1 < state.sealed_end:
+            raise ValueError(
+                f"q: request {state.request_id}, layer {state.layer_id}: the first of these {tokens} queries sees "
+                "tokens that the sliding window has forgotten; attend before observe_routing and before the next append"
+            )
+        if tokens == 1:
+            return ops.attend_window(rows, raw.k[:, -window:], raw.v[:, -window:], 1, scale)
+        if raw.tokens <= window:
+            return ops.attend_window(rows, raw.k, raw.v, tokens, scale)
+        return ops.attend_sliding(rows, raw.k, raw.v, tokens, window, scale)
+
     def _source(self, table: BlockTable) -> Source:
         fields, ids = resident(table.pool, table.tensor, self._runtime.torch_device)
         return Source(self._compressor.keys(fields), self._compressor.values(fields), ids, self._runtime.block_size)
@@ -91,7 +110,7 @@ class Attention:
     ) -> ops.Partial:
         """Queries whose own tokens were partly sealed already: everything is read, causal by explicit positions."""
         device, raw, scale = rows.device, state.window.read(), self._model.scale
-        keys_at = raw_positions(raw.tokens, self._runtime.sinks, state.sealed_end, device)
+        keys_at = raw_positions(raw.tokens, state.sinks, state.sealed_end, device)
         queries_at = torch.arange(state.length - tokens, state.length, device=device).repeat(rows.shape[1] // tokens)
         parts = [ops.attend_at(rows, raw.k, raw.v, keys_at, queries_at, scale)]
         blocks_at = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, ParamSpec, TypeVar
 
@@ -68,7 +69,7 @@ class BlockPool:
         self.label = touched((), torch.int64)
         self.importance = touched((block_size,), torch.float32) if importance else None
         self._free = list(range(num_blocks))  # a heap: the lowest id is taken first
-        self._taken = bytearray(num_blocks)
+        self._references = [0] * num_blocks
         self.generation = 0
         """Grows whenever a block is written or freed: what was read of the pool before may be another block now."""
 
@@ -87,6 +88,11 @@ class BlockPool:
     @property
     def used_blocks(self) -> int:
         return self.num_blocks - len(self._free)
+
+    @property
+    def shared_blocks(self) -> int:
+        """Blocks with more than one owner."""
+        return sum(references > 1 for references in self._references)
 
     @property
     def block_bytes(self) -> int:
@@ -111,17 +117,30 @@ class BlockPool:
         self.check_free(blocks, "allocate")
         ids = [heapq.heappop(self._free) for _ in range(blocks)]
         for block_id in ids:
-            self._taken[block_id] = 1
+            self._references[block_id] = 1
         return ids
 
+    def share(self, ids: Iterable[int]) -> None:
+        """Counts one more owner of each of these blocks, which all must be allocated. Nobody may write to them then."""
+        for block_id in ids:
+            self._references[block_id] += 1
+
     def free(self, ids: Iterable[int]) -> None:
-        """Gives blocks back. Raises ValueError for one that is not allocated; those before it are free then."""
+        """Gives blocks back; one with several owners is free when the last has given it back.
+
+        Raises ValueError for one that is not allocated; those before it are given back then.
+        """
         self.generation += 1
         for block_id in ids:
-            if not 0 <= block_id < self.num_blocks or not self._taken[block_id]:
+            if not 0 <= block_id < self.num_blocks or not self._references[block_id]:
                 raise ValueError(f"block {block_id} of the {self.kind} tier is not allocated")
-            self._taken[block_id] = 0
-            heapq.heappush(self._free, block_id)
+            self._references[block_id] -= 1
+            if not self._references[block_id]:
+                heapq.heappush(self._free, block_id)
+
+    def freed_by(self, ids: Iterable[int]) -> int:
+        """How many blocks would be free if these were given back (one that is named twice, twice)."""
+        return sum(count == self._references[block_id] for block_id, count in Counter(ids).items())
 
     def describe(self, ids: Tensor, start: Tensor, label: Tensor, importance: Tensor | None) -> None:
         """Says what the n blocks `ids` [n] hold, whose fields the caller writes: start, label [n], importance [n,

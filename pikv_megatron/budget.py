@@ -19,7 +19,8 @@ PYRAMID_BETA = 20
 
 
 def layer_budgets(model: ModelConfig, runtime: RuntimeConfig) -> list[int] | None:
-    """Tokens of one request that each layer may hold, C_i = C_1 - (i - 1) d, or None where budget.policy is none.
+    """Tokens of one request that each of model.full_layers may hold, C_i = C_1 - (i - 1) d, or None where budget.policy
+    is none.
 
     Every layer needs at least sinks + window. With total_tokens and no step, the share above that floor falls
     from layer to layer as in PyramidKV's code: its last layer gets 1/20 of the average.
@@ -27,7 +28,7 @@ def layer_budgets(model: ModelConfig, runtime: RuntimeConfig) -> list[int] | Non
     Raises:
         ConfigError: a layer's budget is below sinks + window; nothing is raised to it silently.
     """
-    budget, layers = runtime.budget, model.num_layers
+    budget, layers = runtime.budget, len(model.full_layers)
     if budget.policy == "none":
         return None
     floor = runtime.sinks + runtime.window
@@ -54,20 +55,23 @@ def layer_budgets(model: ModelConfig, runtime: RuntimeConfig) -> list[int] | Non
     for layer_id, count in enumerate(tokens):
         if count < floor:
             raise ConfigError(
-                f"runtime.budget ({what}): layer {layer_id} would get {count} tokens, "
+                f"runtime.budget ({what}): layer {model.full_layers[layer_id]} would get {count} tokens, "
                 f"expected at least sinks + window = {floor}"
             )
     return tokens
 
 
 def allowed_blocks(model: ModelConfig, runtime: RuntimeConfig) -> list[int] | None:
-    """Sealed blocks of one request that each layer's budget leaves on the device beside sinks and window; None where
-    there is no budget.
+    """Sealed blocks of one request that each layer's budget leaves on the device beside sinks and window (none of a
+    sliding-window layer); None where there is no budget.
     """
     budgets = layer_budgets(model, runtime)
     if budgets is None:
         return None
-    return [(tokens - runtime.sinks - runtime.window) // runtime.block_size for tokens in budgets]
+    blocks = [0] * model.num_layers
+    for layer_id, tokens in zip(model.full_layers, budgets, strict=True):
+        blocks[layer_id] = (tokens - runtime.sinks - runtime.window) // runtime.block_size
+    return blocks
 
 
 def least_important(importance: Tensor, count: int) -> Tensor:

@@ -7,7 +7,6 @@ when they leave it, `selection` and `ops` to attend. What a stage measures is ga
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,25 +15,18 @@ from torch import Tensor
 from pikv_megatron import checks
 from pikv_megatron import config as configs
 from pikv_megatron.attention import Attention
-from pikv_megatron.blocks import BlockTable, PoolFullError, keeps_tensors
+from pikv_megatron.blocks import BlockTable, keeps_tensors
 from pikv_megatron.compressor import LARGEST, Compressor
 from pikv_megatron.expert_cache import ExpertKVCache
 from pikv_megatron.layout import gather_decoded, group_rows, ungroup
 from pikv_megatron.metrics import ReadMeter, cache_stats
+from pikv_megatron.requests import Request, Requests
 from pikv_megatron.results import AttendResult, Retrieved
 from pikv_megatron.sealing import LayerState, Sealer
 from pikv_megatron.sharding.placement import Placement
 from pikv_megatron.streamer import Streamer
 from pikv_megatron.tiers import build_tiers, capacity_tokens
-from pikv_megatron.window import LayerWindow, WindowBuffer, raw_positions
-
-
-@dataclass
-class _Request:
-    slot: int
-    layers: list[LayerState]
-    routing: dict[int, tuple[int, Tensor, Tensor]] = field(default_factory=dict)
-    """Per MoE layer: length when it was observed, expert_ids and weights of the newest tokens then."""
+from pikv_megatron.window import WindowBuffer, raw_positions
 
 
 class PiKVCache:
@@ -68,10 +60,13 @@ class PiKVCache:
         """Tokens per layer, all requests together, that fit however they are divided: max_tokens, or less where
         tiers[].bytes says so.
         """
-        self._sealer = Sealer(self.model, self.runtime, self.compressor, self.tiers, self.streamer)
-        self._windows = [WindowBuffer(self.model, self.runtime) for _ in range(self.model.num_layers)]
-        self._free_slots = list(range(self.runtime.max_requests))
-        self._requests: dict[int, _Request] = {}
+        layers = range(self.model.num_layers)
+        self._windows = [WindowBuffer(self.model, self.runtime, layer_id) for layer_id in layers]
+        self._sealer = Sealer(self.model, self.runtime, self.compressor, self.tiers, self._windows, self.streamer)
+        self._table = Requests(
+            self.model, self.runtime, self.compressor, self.tiers, self._windows, self._sealer, self.streamer
+        )
+        self._requests = self._table.live
         self._meter = ReadMeter(self.model, self.runtime)
         self._attention = Attention(self.model, self.runtime, self.compressor, self._meter)
 
@@ -100,7 +95,7 @@ class PiKVCache:
         if request is None:
             needed = self._sealer.needed(layer_id, None, tokens)
             self._sealer.check_room(needed, f"request {request_id}, layer {layer_id}")
-            request = self._create(request_id)
+            request = self._table.create(request_id)
         state = request.layers[layer_id]
         self._sealer.make_room(state, tokens)
         state.window.append(k, v)
@@ -117,7 +112,7 @@ class PiKVCache:
         """
         checks.check_layer(layer_id, self.model)
         tokens = checks.check_kv(k, v, self.model, self.runtime, self.compressor.largest)
-        requests = self._each(request_ids, tokens)
+        requests = self._table.get_each(request_ids, tokens)
         states = [request.layers[layer_id] for request in requests]
         if starts is not None:
             for state, start in zip(states, starts, strict=True):
@@ -144,8 +139,7 @@ class PiKVCache:
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(f"tokens: request {request_id}: expected a count of at least 1, got {count!r}")
         new = [request_id for request_id in tokens if request_id not in self._requests]
-        if len(new) > len(self._free_slots):
-            raise self._no_slot(new)
+        self._table.check_slots(new)
         layers = range(self.model.num_layers) if layer_ids is None else layer_ids
         needed = [0] * len(self.tiers)
         for request_id, count in tokens.items():
@@ -212,15 +206,60 @@ class PiKVCache:
         for i, request_id in enumerate(request_ids):
             self.observe_routing(layer_id, expert_ids[i : i + 1], weights[i : i + 1], request_id)
 
+    # ---- whole requests
+
     def release(self, request_id: int) -> None:
         """Ends a request and frees its memory. Raises UnknownRequestError where it is not live."""
-        request = self._request(request_id)
-        for state in request.layers:
-            for index, table in enumerate(state.tables):
-                table.pool.free(table.clear() + (state.reserved[index] if state.reserved else []))
-        self._free_slots.append(request.slot)
-        del self._requests[request_id]
-        self.streamer.released(request_id)
+        self._table.release(request_id)
+
+    @keeps_tensors
+    def fork(self, source: int, target: int) -> None:
+        """Makes a request `target` that holds what `source` holds; from then on they go their own ways.
+
+        Sealed blocks are shared, raw tokens copied. With a budget blocks are copied too, since it writes to them.
+
+        Raises:
+            UnknownRequestError: `source` is not live. ValueError: `target` is. PoolFullError: no room for it. Nothing
+                has changed then.
+        """
+        self._table.fork(source, target)
+
+    @keeps_tensors
+    def reorder(self, request_ids: Sequence[int], sources: Sequence[int]) -> None:
+        """Beam search: each of these requests goes on from what the request beside it in `sources` holds now.
+
+        A request that is nobody's source is forgotten; one that is its own keeps its memory; one that is so several
+        times over is forked.
+
+        Args:
+            request_ids: different live requests. sources: as many of the same, in any number.
+
+        Raises:
+            UnknownRequestError, ValueError: what does not fit; PoolFullError: no room. Nothing has changed then.
+        """
+        self._table.reorder(request_ids, sources)
+
+    @keeps_tensors
+    def crop(self, request_id: int, length: int) -> None:
+        """Forgets a request's tokens from position `length` on, in every layer; `append` goes on there.
+
+        The newest runtime.window tokens are raw and go without a trace, except that a budget keeps the importance that
+        they gave to others. Further back a block may be cut: its tokens up to `length` are raw again, as decoded, and
+        what a budget has dropped does not come back.
+
+        Args:
+            length: 1 or more (`release` forgets all), and at most what every layer has; at least `shortest_crop`.
+
+        Raises:
+            UnknownRequestError, ValueError: what does not fit. Nothing has changed then.
+        """
+        self._table.crop(request_id, length)
+
+    def shortest_crop(self, request_id: int) -> int:
+        """The least length that `crop` can bring a request to: sliding-window layers have forgotten what a shorter one
+        would see. At least the newest runtime.window tokens can always be forgotten.
+        """
+        return self._table.shortest_crop(request_id)
 
     # ---- reading
 
@@ -269,12 +308,12 @@ class PiKVCache:
         checks.check_layer(layer_id, model)
         tail = (model.num_attention_heads, model.head_dim)
         tokens = checks.check_tensor("q", q, tail, model.torch_dtype, runtime.torch_device)
-        states = [request.layers[layer_id] for request in self._each(request_ids, tokens)]
+        states = [request.layers[layer_id] for request in self._table.get_each(request_ids, tokens)]
         for request_id, state in zip(request_ids, states, strict=True):
             checks.check_queries(1, state.length, request_id, layer_id)
         checks.check_finite("q", q, runtime, min(torch.finfo(q.dtype).max, LARGEST))
         whole = runtime.attention.mode == "exact" and runtime.budget.policy == "none"
-        if not whole or any(state.newest_is_sealed(runtime.sinks) for state in states):
+        if not whole or any(state.newest_is_sealed() for state in states):
             parts = [self.attend(layer_id, q[i : i + 1], request_id) for i, request_id in enumerate(request_ids)]
             out, lse = (torch.cat(part) for part in zip(*parts, strict=True))
             return out, lse
@@ -289,8 +328,8 @@ class PiKVCache:
         """Every token that a layer holds of a request, decoded, in position order."""
         _, state = self._state(layer_id, request_id)
         raw = state.window.read()
-        sinks = min(self.runtime.sinks, raw.tokens)
-        positions = raw_positions(raw.tokens, self.runtime.sinks, state.sealed_end, raw.k.device)
+        sinks = min(state.sinks, raw.tokens)
+        positions = raw_positions(raw.tokens, state.sinks, state.sealed_end, raw.k.device)
         k, v = raw.k.transpose(0, 1), raw.v.transpose(0, 1)
         sealed = [table for table in state.tables if len(table)]
         if not sealed:
@@ -337,45 +376,9 @@ class PiKVCache:
 
     # ---- inside
 
-    def _create(self, request_id: int) -> _Request:
-        if not self._free_slots:
-            raise self._no_slot([request_id])
-        slot = self._free_slots.pop(0)
-        layers = [
-            LayerState(
-                request_id,
-                layer_id,
-                LayerWindow(window, slot, self.runtime.sinks),
-                [BlockTable(pool) for pool in self.tiers],
-                sealed_end=self.runtime.sinks,
-            )
-            for layer_id, window in enumerate(self._windows)
-        ]
-        self._requests[request_id] = _Request(slot, layers)
-        return self._requests[request_id]
-
-    def _no_slot(self, new: list[int]) -> PoolFullError:
-        live = len(self._requests)
-        names = ", ".join(map(str, new))
-        return PoolFullError(
-            f"max_requests: {live} of {self.runtime.max_requests} requests are live, no room for request {names}"
-        )
-
-    def _request(self, request_id: int) -> _Request:
-        checks.check_request_id(request_id)
-        if request_id not in self._requests:
-            raise checks.UnknownRequestError(f"request {request_id} does not exist; live requests: {self.requests()}")
-        return self._requests[request_id]
-
-    def _each(self, request_ids: Sequence[int], tokens: int) -> list[_Request]:
-        """Distinct live requests, one per token."""
-        if len(request_ids) != tokens or len(set(request_ids)) != tokens:
-            raise ValueError(f"request_ids: expected {tokens} different ones, one per token, got {list(request_ids)}")
-        return [self._request(request_id) for request_id in request_ids]
-
-    def _state(self, layer_id: int, request_id: int) -> tuple[_Request, LayerState]:
+    def _state(self, layer_id: int, request_id: int) -> tuple[Request, LayerState]:
         checks.check_layer(layer_id, self.model)
-        request = self._request(request_id)
+        request = self._table.get(request_id)
         return request, request.layers[layer_id]
 
     def _label(self, state: LayerState, expert_ids: Tensor, weights: Tensor) -> None:
@@ -385,7 +388,7 @@ class PiKVCache:
             routing = self._requests[state.request_id].routing
             routing[state.layer_id] = (state.length, expert_ids.clone(), weights.clone())
 
-    def _inherit_labels(self, request: _Request, state: LayerState, tokens: int) -> None:
+    def _inherit_labels(self, request: Request, state: LayerState, tokens: int) -> None:
         """A dense layer's tokens take the labels of the last MoE layer before it, which has already seen them."""
         source = self.model.label_source(state.layer_id)
         if source is None or source == state.layer_id or source not in request.routing:

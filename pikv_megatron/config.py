@@ -62,6 +62,10 @@ class ModelConfig:
     """Zero-based ids of the layers with experts; None means all of them (if num_experts > 0)."""
     softmax_scale: float | None = None
     """Factor on q.k; None means head_dim ** -0.5."""
+    sliding_windows: tuple[int | None, ...] | None = None
+    """Per layer W, where a query at position p sees the keys p - W + 1 .. p, or null for all up to p; None: all layers
+    see everything. Such a layer keeps its newest tokens raw and forgets the others.
+    """
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
@@ -83,6 +87,7 @@ class ModelConfig:
             raise ConfigError(f"model.topk: expected 1 .. num_experts ({self.num_experts}), got {self.topk}")
         if self.softmax_scale is not None:
             within("model.", "softmax_scale", self.softmax_scale, 0.0, sys.float_info.max)
+        self._check_sliding_windows()
         for layer_id in self.moe_layers or ():
             if not 0 <= layer_id < self.num_layers:
                 raise ConfigError(f"model.moe_layers: expected ids in 0 .. {self.num_layers - 1}, got {layer_id}")
@@ -95,6 +100,29 @@ class ModelConfig:
                 raise ConfigError(f"model.moe_layers: expected ascending ids, each once, got {list(self.moe_layers)}")
             if len(self.moe_layers) == self.num_layers:
                 object.__setattr__(self, "moe_layers", None)  # one way to say it: equal models compare equal
+
+    def _check_sliding_windows(self) -> None:
+        windows = self.sliding_windows
+        if windows is None:
+            return
+        if len(windows) != self.num_layers:
+            raise ConfigError(
+                f"model.sliding_windows: expected an entry for each of {self.num_layers} layers, got {list(windows)}"
+            )
+        for layer_id, window in enumerate(windows):
+            if window is not None:
+                at_least("model.", f"sliding_windows[{layer_id}]", window, 1)
+        if not any(windows):
+            object.__setattr__(self, "sliding_windows", None)  # one way to say it
+
+    def sliding_window(self, layer_id: int) -> int | None:
+        """W of a sliding-window layer, else None."""
+        return None if self.sliding_windows is None else self.sliding_windows[layer_id]
+
+    @property
+    def full_layers(self) -> list[int]:
+        """Ids of the layers that see every token, and so have blocks."""
+        return [i for i in range(self.num_layers) if self.sliding_window(i) is None]
 
     @property
     def heads_per_group(self) -> int:
@@ -166,7 +194,7 @@ class ModelConfig:
         """From a `transformers` config object or its dict form (`config.json`), for GQA and MHA decoders.
 
         Raises:
-            ConfigError: MLA or sliding windows, which these shapes cannot say; a key that is missing.
+            ConfigError: MLA, whose shapes its config does not say; other attention; a key that is missing.
         """
         read = config.get if isinstance(config, Mapping) else functools.partial(_attribute, config)
         get: Callable[[str], Any] = read
@@ -174,15 +202,13 @@ class ModelConfig:
             raise ConfigError(
                 "model: kv_lora_rank is set (MLA); give the expanded shapes (head_dim, v_head_dim) by hand"
             )
-        if get("sliding_window") and get("use_sliding_window") is not False:
-            raise ConfigError(f"model: sliding_window is {get('sliding_window')}; expected layers that see every token")
         for key in ("attn_logit_softcapping", "attention_chunk_size", "attn_layer_period"):
             if get(key):
                 raise ConfigError(f"model: {key} is {get(key)}; expected plain attention in every layer")
-        kinds = set(get("layer_types") or ()) - {"full_attention", "attention"}
+        kinds = set(get("layer_types") or ()) - {"full_attention", "attention", "sliding_attention"}
         if kinds:
             raise ConfigError(
-                f"model: layer_types has {', '.join(sorted(kinds))}; expected full_attention in every layer"
+                f"model: layer_types has {', '.join(sorted(kinds))}; expected full_attention or sliding_attention"
             )
         for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
             if get(key) is None:
@@ -204,7 +230,16 @@ class ModelConfig:
             dtype=_dtype_name(get("dtype") or get("torch_dtype") or "float32"),
             moe_layers=moe_layers if experts and len(moe_layers) < layers else None,
             softmax_scale=_huggingface_scale(get),
+            sliding_windows=huggingface_windows(get, layers),
         )
+
+
+def huggingface_windows(get: Callable[[str], Any], layers: int) -> tuple[int | None, ...] | None:
+    """ModelConfig.sliding_windows of a `transformers` config that is read by `get`."""
+    window, kinds = get("sliding_window"), get("layer_types")
+    if not window or get("use_sliding_window") is False:
+        return None
+    return tuple(window if kinds is None or kinds[i] == "sliding_attention" else None for i in range(layers))
 
 
 def _huggingface_scale(get: Callable[[str], Any]) -> float | None:

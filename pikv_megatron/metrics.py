@@ -75,6 +75,7 @@ def cache_stats(
             owners += torch.bincount(owner, minlength=placement.num_ranks)
         report["tiers"][pool.kind] = {
             "blocks_used": pool.used_blocks,
+            "blocks_shared": pool.shared_blocks,
             "blocks_total": pool.num_blocks,
             "blocks_by_owner": owners.tolist(),
             "bytes_held": pool.used_blocks * pool.block_bytes,

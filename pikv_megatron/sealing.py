@@ -19,7 +19,7 @@ from pikv_megatron.blocks import BlockPool, BlockTable
 from pikv_megatron.compressor import Compressor
 from pikv_megatron.config import ModelConfig, RuntimeConfig
 from pikv_megatron.streamer import Streamer
-from pikv_megatron.window import LayerWindow, RawTokens
+from pikv_megatron.window import LayerWindow, RawTokens, WindowBuffer
 
 
 @dataclass
@@ -30,16 +30,20 @@ class LayerState:
     layer_id: int
     window: LayerWindow
     tables: list[BlockTable]
+    sinks: int
+    """First tokens, which stay raw."""
+    sliding: int | None
+    """W of a sliding-window layer: nothing is sealed, what is out of reach is forgotten."""
+    sealed_end: int
+    """Positions from the sinks up to here have been sealed, or forgotten."""
     length: int = 0
     """Positions appended so far."""
-    sealed_end: int = 0
-    """Positions from the sinks up to here have been sealed."""
     reserved: list[list[int]] = field(default_factory=list)
     """Blocks per tier for the next seal; always as many as `overflow` will seal, less what a budget drops."""
 
-    def newest_is_sealed(self, sinks: int, tokens: int = 1) -> bool:
+    def newest_is_sealed(self, tokens: int = 1) -> bool:
         """Whether some of the newest `tokens` tokens are in blocks already."""
-        return sinks < self.sealed_end and self.length - tokens < self.sealed_end
+        return self.sinks < self.sealed_end and self.length - tokens < self.sealed_end
 
 
 @dataclass(frozen=True)
@@ -68,25 +72,26 @@ class Sealer:
         runtime: RuntimeConfig,
         compressor: Compressor,
         tiers: list[BlockPool],
+        windows: list[WindowBuffer],
         streamer: Streamer,
     ) -> None:
+        self._windows = windows
         self._model, self._runtime, self._compressor = model, runtime, compressor
         self._tiers, self._streamer = tiers, streamer
         self._allowed = budget.allowed_blocks(model, runtime)
         self.dropped = self.demoted = 0
         """Blocks that budgets have dropped and demoted so far, over all requests."""
 
-    def overflow(self, tokens: int) -> int:
-        """Whole blocks that have left the window of a layer with `tokens` raw tokens."""
-        return max(0, (tokens - self._runtime.sinks - self._runtime.window) // self._runtime.block_size)
-
     def needed(self, layer_id: int, state: LayerState | None, tokens: int) -> list[int]:
         """Blocks of each tier to reserve when `tokens` more are appended to a layer; state None: of a new request."""
+        buffer = self._windows[layer_id]
+        if buffer.sliding is not None:
+            return [0] * len(self._tiers)
         raw, held = 0, 0
         if state is not None:
             raw, held = state.window.tokens, len(state.tables[0]) + (len(state.reserved[0]) if state.reserved else 0)
-        waiting = self.overflow(raw)  # has its reserved blocks, so that sealing it changes no pool's free count
-        needed = [self.overflow(raw - waiting * self._runtime.block_size + tokens)] + [0] * (len(self._tiers) - 1)
+        waiting = buffer.overflow(raw)  # has its reserved blocks, so that sealing it changes no pool's free count
+        needed = [buffer.overflow(raw - waiting * self._runtime.block_size + tokens)] + [0] * (len(self._tiers) - 1)
         if self._allowed is not None:
             over = max(0, needed[0] - max(0, self._allowed[layer_id] - held))
             needed[0] -= over
@@ -109,11 +114,17 @@ class Sealer:
         state.reserved = [pool.allocate(blocks) for pool, blocks in zip(self._tiers, needed, strict=True)]
 
     def seal(self, state: LayerState) -> None:
-        """Seals every whole block that has left the window, into the memory reserved for it."""
-        count = self.overflow(state.window.tokens)
+        """Seals every whole block that has left the window, into the memory reserved for it; a sliding-window layer
+        forgets it.
+        """
+        count = self._windows[state.layer_id].overflow(state.window.tokens)
         if not count:
             return
         tokens = count * self._runtime.block_size
+        if state.sliding is not None:
+            state.window.drop(tokens)
+            state.sealed_end += tokens
+            return
         blocks = self._blocks(state.window.oldest(tokens), state.sealed_end)
         reserved, state.reserved = state.reserved, []
         if len(reserved[0]) == count:

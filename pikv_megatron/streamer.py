@@ -6,7 +6,7 @@ This version has the one that is off. The cache calls it at the points where a l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -26,3 +26,12 @@ class Streamer:
 
     def released(self, request_id: int) -> None:
         """The request is over."""
+
+    def forked(self, source: int, target: int) -> None:
+        """Request `target` has begun with all that `source` holds."""
+
+    def reordered(self, request_ids: Sequence[int], sources: Sequence[int]) -> None:
+        """Each of these requests goes on from what the request beside it in `sources` held."""
+
+    def cropped(self, request_id: int, length: int) -> None:
+        """The request's tokens from position `length` on are forgotten."""

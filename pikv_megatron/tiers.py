@@ -23,7 +23,8 @@ def blocks_needed(model: ModelConfig, runtime: RuntimeConfig, blocks: int) -> li
     """
     allowed = allowed_blocks(model, runtime)
     if allowed is None:
-        return [model.num_layers * blocks, 0][: len(runtime.tiers)]
+        return [len(model.full_layers) * blocks, 0][: len(runtime.tiers)]
+    allowed = [allowed[layer_id] for layer_id in model.full_layers]
     device = sum(min(blocks, runtime.max_requests * layer) for layer in allowed)
     host = sum(blocks - min(blocks, layer) for layer in allowed)
     return [device, host if runtime.budget.over_budget == "demote" else 0][: len(runtime.tiers)]

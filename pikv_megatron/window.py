@@ -77,24 +77,35 @@ def raw_positions(tokens: int, sinks: int, sealed_end: int, device: torch.device
 
 
 class WindowBuffer:
-    """Raw-token memory of one layer: a slot per live request."""
+    """Raw-token memory of one layer: a slot per live request.
 
-    def __init__(self, model: ModelConfig, runtime: RuntimeConfig) -> None:
+    A sliding-window layer has no sinks, and keeps what its window reaches beside the newest runtime.window tokens, so
+    that those can be taken back (`PiKVCache.crop`).
+    """
+
+    def __init__(self, model: ModelConfig, runtime: RuntimeConfig, layer_id: int) -> None:
         device, slots = runtime.torch_device, runtime.max_requests
-        self.capacity = runtime.sinks + runtime.window + runtime.block_size
+        self.sliding = model.sliding_window(layer_id)
+        self.sinks = runtime.sinks if self.sliding is None else 0
+        self._window, self._block_size = runtime.window + (self.sliding or 0), runtime.block_size
+        self.capacity = self.sinks + self._window + self._block_size
         shape = (slots, model.num_query_groups, self.capacity)
         self.k = torch.zeros(*shape, model.head_dim, dtype=model.torch_dtype, device=device)
         self.v = torch.zeros(*shape, model.value_dim, dtype=model.torch_dtype, device=device)
         topk = model.topk if model.num_experts else 1
         self.expert_ids = torch.zeros(slots, self.capacity, topk, dtype=torch.int64, device=device)
         self.weights = torch.zeros(slots, self.capacity, topk, device=device)
-        keep_importance = runtime.budget.policy != "none"
+        keep_importance = runtime.budget.policy != "none" and self.sliding is None
         self.importance = torch.zeros(slots, self.capacity, device=device) if keep_importance else None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         named = {"k": self.k, "v": self.v, "expert_ids": self.expert_ids, "weights": self.weights}
         return named if self.importance is None else {**named, "importance": self.importance}
+
+    def overflow(self, tokens: int) -> int:
+        """Whole blocks that have left the window of a request with `tokens` raw tokens."""
+        return max(0, (tokens - self.sinks - self._window) // self._block_size)
 
     def append_each(self, windows: list[LayerWindow], k: Tensor, v: Tensor) -> None:
         """Adds one token to each of different windows of this buffer, as LayerWindow.append does to one: k, v [windows,
@@ -117,11 +128,16 @@ class WindowBuffer:
 class LayerWindow:
     """One request's raw tokens in one layer. `tokens` counts them, waiting ones included."""
 
-    def __init__(self, buffer: WindowBuffer, slot: int, sinks: int) -> None:
+    def __init__(self, buffer: WindowBuffer, slot: int) -> None:
         self.index, self._slot = slot, buffer.slot(slot)
-        self._capacity, self._sinks = buffer.capacity, sinks
+        self._capacity, self._sinks = buffer.capacity, buffer.sinks
         self._in_buffer = 0
         self._waiting: RawTokens | None = None
+
+    @property
+    def topk(self) -> int:
+        """Experts that a token is labelled with."""
+        return self._slot.expert_ids.shape[1]
 
     @property
     def tokens(self) -> int:
@@ -185,6 +201,23 @@ class LayerWindow:
         self._slot.importance[: self._in_buffer] += importance[: self._in_buffer]
         if self._waiting is not None and self._waiting.importance is not None:
             self._waiting.importance.add_(importance[self._in_buffer :])
+
+    def copy_from(self, other: LayerWindow) -> None:
+        """Takes over what another window of the same buffer holds."""
+        self._in_buffer = other._in_buffer
+        self._slot.slice(0, self._in_buffer).copy_(other._slot.slice(0, self._in_buffer))
+        self._waiting = None if other._waiting is None else other._waiting.clone()
+
+    def keep(self, tokens: int) -> None:
+        """Forgets all but the oldest `tokens` tokens; nothing may be waiting."""
+        assert self._waiting is None and tokens <= self._in_buffer
+        self._in_buffer = tokens
+
+    def extend(self, raw: RawTokens) -> None:
+        """Adds tokens as they are, labels and importance included; they must fit the buffer, nothing may be waiting."""
+        assert self._waiting is None and self._in_buffer + raw.tokens <= self._capacity
+        self._slot.slice(self._in_buffer, self._in_buffer + raw.tokens).copy_(raw)
+        self._in_buffer += raw.tokens
 
     def oldest(self, tokens: int) -> RawTokens:
         """The oldest `tokens` tokens after the sinks, until `drop`."""

@@ -113,6 +113,7 @@ attend_ragged = _resolve("attend_ragged")
 attend_mass = _resolve("attend_mass")
 attend_window = _resolve("attend_window")
 attend_at = _resolve("attend_at")
+attend_sliding = _resolve("attend_sliding")
 merge_partials = _resolve("merge_partials")
 token_importance = _resolve("token_importance")
 window_importance = _resolve("window_importance")
@@ -128,6 +129,7 @@ __all__ = [
     "attend_blocks",
     "attend_mass",
     "attend_ragged",
+    "attend_sliding",
     "attend_tokens",
     "attend_window",
     "backend",

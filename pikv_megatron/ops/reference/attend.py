@@ -163,6 +163,25 @@ def attend_at(
     return attend_logits(logits.masked_fill_(key_positions > query_positions[:, None], -math.inf), v)
 
 
+def attend_sliding(q: Tensor, k: Tensor, v: Tensor, query_tokens: int, window: int, softmax_scale: float) -> Partial:
+    """As attend_window, where a query sees only the newest `window` keys up to its own."""
+    groups, rows, dim = q.shape
+    heads, keys = rows // query_tokens, k.shape[1]
+    q4 = q.float().view(groups, heads, query_tokens, dim) * softmax_scale
+    out, lse = q4.new_empty(groups, heads, query_tokens, v.shape[2]), q4.new_empty(groups, heads, query_tokens)
+    step = max(1, _QUERY_CHUNK // heads)
+    for first in range(0, query_tokens, step):
+        last = min(first + step, query_tokens)
+        at, end = keys - query_tokens + first, keys - query_tokens + last
+        begin = max(0, at - window + 1)
+        own, places = torch.arange(at, end, device=q.device)[:, None], torch.arange(begin, end, device=q.device)
+        logits = torch.matmul(q4[:, :, first:last], k[:, None, begin:end].float().transpose(-1, -2))
+        logits.masked_fill_((places > own) | (places <= own - window), -math.inf)
+        part = attend_logits(logits, v[:, None, begin:end])
+        out[:, :, first:last], lse[:, :, first:last] = part.out, part.lse
+    return Partial(out.flatten(1, 2), lse.flatten(1, 2))
+
+
 _QUERY_CHUNK = 512
 """Query rows handled at a time where attention is written out in plain torch: bounds the logits held."""
 
