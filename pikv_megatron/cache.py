@@ -257,7 +257,7 @@ class PiKVCache:
 
     def shortest_crop(self, request_id: int) -> int:
         """The least length that `crop` can bring a request to: sliding-window layers have forgotten what a shorter one
-        would see. At least the newest runtime.window tokens can always be forgotten.
+        would see. After an append at least the newest runtime.window tokens can be forgotten.
         """
         return self._table.shortest_crop(request_id)
 

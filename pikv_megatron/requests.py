@@ -178,7 +178,7 @@ class Requests:
             if state.sliding is not None:
                 leaving = self._windows[state.layer_id].overflow(state.window.tokens) * self._runtime.block_size
                 first = state.sealed_end + leaving  # the oldest position that is held once these are forgotten
-                least = max(least, first + state.sliding - 1) if first else least
+                least = max(least, first + state.sliding) if first else least
         return least
 
     def crop(self, request_id: int, length: int) -> None:

@@ -64,12 +64,13 @@ def dense_attention(
     scale: float,
     key_positions: Tensor | None = None,
     query_positions: Tensor | None = None,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention written out in float64, causal where positions are given; a query that sees nothing gets 0 and -inf.
 
     Args:
         q: [tokens, heads, D]. k: [keys, groups, D]. v: [keys, groups, E]. key_positions: [keys]. query_positions:
-            [tokens].
+            [tokens]. window: a query sees only this many positions, up to its own.
 
     Returns: out [tokens, heads, E], lse [tokens, heads], float64.
     """
@@ -77,7 +78,8 @@ def dense_attention(
     k, v = (x.double().repeat_interleave(heads_per_group, 1) for x in (k, v))
     logits = torch.einsum("thd,khd->thk", q.double(), k) * scale
     if key_positions is not None and query_positions is not None:
-        logits.masked_fill_(key_positions[None, None, :] > query_positions[:, None, None], -torch.inf)
+        behind = query_positions[:, None, None] - key_positions[None, None, :]
+        logits.masked_fill_((behind < 0) | (behind >= (window or torch.inf)), -torch.inf)
     lse = torch.logsumexp(logits, -1)
     weights = (logits - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
     return torch.einsum("thk,khe->the", weights, v), lse
@@ -98,7 +100,8 @@ def attend_retrieved(cache: PiKVCache, layer_id: int, q: Tensor, request_id: int
     held = cache.retrieve(layer_id, request_id)
     length = cache.length(layer_id, request_id)
     queries = torch.arange(length - q.shape[0], length)
-    return dense_attention(q, held.k, held.v, cache.model.scale, held.positions, queries)
+    window = cache.model.sliding_window(layer_id)
+    return dense_attention(q, held.k, held.v, cache.model.scale, held.positions, queries, window)
 
 
 def step(cache: PiKVCache, k: Tensor, v: Tensor, rng: torch.Generator, request_id: int = 0) -> None:

@@ -1,5 +1,5 @@
-"""`generate` on PiKV equals `generate` on transformers' DynamicCache, for every family that is served: tokens and logits,
-over prompts and answers long enough that most tokens are read from sealed blocks.
+"""`generate` on PiKV equals `generate` on transformers' DynamicCache, for every family that is served: tokens and
+logits, over prompts and answers long enough that most tokens are read from sealed blocks.
 """
 
 from __future__ import annotations
