@@ -257,7 +257,7 @@ class PiKVCache:
 
     def shortest_crop(self, request_id: int) -> int:
         """The least length that `crop` can bring a request to: sliding-window layers have forgotten what a shorter one
-        would see. After an append at least the newest runtime.window tokens can be forgotten.
+        would see. It is never above the longest that the request was, less runtime.window.
         """
         return self._table.shortest_crop(request_id)
 

@@ -43,6 +43,7 @@ class Alone:
     def __init__(self, cache: PiKVCache, seed: int) -> None:
         self.cache, self.rng, self.chance = cache, generator(seed), random.Random(seed)
         self.tokens: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.longest: dict[int, int] = {}  # that each ever was
 
     def step(self, request: int, count: int) -> None:
         """A forward over all layers."""
@@ -59,7 +60,8 @@ class Alone:
             self.attend(layer, request, count)
             if model.label_source(layer) == layer:
                 cache.observe_routing(layer, *random_routing(model, count, self.rng), request)
-        assert cache.shortest_crop(request) <= max(1, cache.length(0, request) - cache.runtime.window)
+        self.longest[request] = max(self.longest.get(request, 0), cache.length(0, request))
+        assert cache.shortest_crop(request) <= max(1, self.longest[request] - cache.runtime.window)
 
     def attend(self, layer: int, request: int, count: int) -> None:
         """Equals dense attention over what was appended (lossless), or over what is held."""
@@ -86,7 +88,7 @@ class Alone:
         except PoolFullError:
             assert snapshot(self.cache) == before
             return
-        self.tokens[other] = list(self.tokens[request])
+        self.tokens[other], self.longest[other] = list(self.tokens[request]), self.longest[request]
 
     def reorder(self, request: int, other: int) -> None:
         live = sorted(self.tokens)
@@ -96,6 +98,7 @@ class Alone:
         except PoolFullError:
             return
         self.tokens = {r: list(self.tokens[s]) for r, s in zip(live, sources, strict=True)}
+        self.longest = {r: self.longest[s] for r, s in zip(live, sources, strict=True)}
 
     def crop(self, request: int, count: int) -> None:
         length = max(1, len(self.tokens[request][0][0]) - count)
@@ -111,7 +114,7 @@ class Alone:
 
     def release(self, request: int, count: int) -> None:
         self.cache.release(request)
-        del self.tokens[request]
+        del self.tokens[request], self.longest[request]
 
     def check(self) -> None:
         assert self.cache.requests() == sorted(self.tokens)
