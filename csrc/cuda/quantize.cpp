@@ -32,30 +32,21 @@ void dequantize_block(const Tensor& high, const MaybeTensor& low, const Tensor& 
 
 void append(const Tensor& new_k, const Tensor& new_v, const Tensor& block_ids, PIKV_KEY_ARGUMENTS,
             PIKV_VALUE_ARGUMENTS) {
-  const auto blocks_of = [](const char* name, const Tensor& x) {
-    STD_TORCH_CHECK(
-        x.dim() == 4 && rows_follow(x) && x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0, name, ": expected [blocks, groups, block_size, channels] whose rows follow each other");
+  const DeviceGuard guard(new_k.get_device_index());
+  const NewBlocks blocks(new_k, new_v, block_ids, k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits, v, v_codes,
+                         v_scale, v_zero, v_bits);
+  const auto source_of = [](const char* name, const Tensor& x) {
+    STD_TORCH_CHECK(x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0, name, ": expected blocks in steps of 8 numbers");
     const int64_t size = x.element_size();
     return Blocks{x.const_data_ptr(), x.stride(0) * size, x.stride(1) * size};
   };
-  const DeviceGuard guard(new_k.get_device_index());
-  const Blocks from_k = blocks_of("new_k", new_k), from_v = blocks_of("new_v", new_v);
+  const Blocks from_k = source_of("new_k", new_k), from_v = source_of("new_v", new_v);
   const Dtype dtype = dtype_of("new_k", new_k);
-  const int64_t count = new_k.size(0), groups = new_k.size(1), tokens = new_k.size(2);
   STD_TORCH_CHECK(new_v.scalar_type() == new_k.scalar_type(), "new_v: expected the dtype of new_k");
-  STD_TORCH_CHECK(new_v.size(0) == count && new_v.size(1) == groups && new_v.size(2) == tokens,
-                  "new_v: expected the blocks, groups and block_size of new_k");
-  const Keys keys = KeyArguments{k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits}.view(groups, new_k.size(3));
-  const Values values = ValueArguments{v, v_codes, v_scale, v_zero, v_bits}.view(groups, tokens, new_v.size(3));
-  STD_TORCH_CHECK(keys.block_size == tokens, "new_k: expected blocks of ", keys.block_size, " tokens, got ", tokens);
-  STD_TORCH_CHECK(!k || k->scalar_type() == new_k.scalar_type(), "k: expected the dtype of new_k");
-  STD_TORCH_CHECK(!v || v->scalar_type() == new_v.scalar_type(), "v: expected the dtype of new_v");
-  STD_TORCH_CHECK(!k_high || lo_bits == 0 || k || k_low, "k_low: expected where lo_bits is not 0");
-  check("block_ids", block_ids, ScalarType::Long, {count});
   check_places(new_k, block_ids);
   check_wide_places(new_k, new_k, new_v, k, k_high, k_low, k_scale, k_zero, v, v_codes, v_scale, v_zero);
-  check_launch("append", pikv_cuda_append(&from_k, &from_v, dtype, &keys, &values, data<int64_t>(block_ids), count,
-                                          current_stream(new_k)));
+  check_launch("append", pikv_cuda_append(&from_k, &from_v, dtype, &blocks.keys, &blocks.values,
+                                          data<int64_t>(block_ids), blocks.count, current_stream(new_k)));
 }
 
 void prefetch(const Tensor& field, const Tensor& block_ids) {

@@ -1,54 +1,48 @@
 // Codes: quantising, dequantising and appending blocks, and fetching them ahead.
 
 #include <cstring>
-#include <utility>
 
 #include "ops/ops.h"
 
 namespace pikv {
+namespace {
+
+// How many matrices of that many numbers a thread takes at least.
+int64_t grain(int64_t numbers) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, numbers)); }
+
+}  // namespace
 
 void quantize_block(const Tensor& x, int64_t hi_bits, int64_t lo_bits, bool per_channel, Tensor high, MaybeTensor low,
                     Tensor scale, Tensor zero) {
   const Dtype dtype = dtype_of("x", x);
-  STD_TORCH_CHECK(x.is_contiguous() && x.dim() >= 2, "x: expected a contiguous tensor [..., tokens, channels]");
-  const int64_t rows = x.size(x.dim() - 2), cols = x.size(x.dim() - 1), matrices = x.numel() / (rows * cols);
-  const int64_t high_bytes = rows * cols * hi_bits / 8, low_bytes = rows * cols * lo_bits / 8;
-  const int64_t scales = per_channel ? cols : rows;
-  STD_TORCH_CHECK(high.is_contiguous() && high.numel() == matrices * high_bytes, "high: unexpected size");
-  STD_TORCH_CHECK((lo_bits == 0) == !low, "low: expected exactly where lo_bits is not 0");
-  STD_TORCH_CHECK(!low || (low->is_contiguous() && low->numel() == matrices * low_bytes), "low: unexpected size");
-  STD_TORCH_CHECK(scale.numel() == matrices * scales && zero.numel() == matrices * scales, "scale, zero: unexpected size");
+  const BlockCodes codes(x, hi_bits, lo_bits, per_channel, high, low, scale, zero);
+  const int64_t rows = codes.rows, cols = codes.cols;
   const CpuKernels& set = kernels();
   const char* from = static_cast<const char*>(x.const_data_ptr());
   const int64_t bytes = rows * cols * (dtype == Dtype::kFloat32 ? 4 : 2);
   auto* high_to = mutable_data<uint8_t>(high);
   auto* low_to = low ? mutable_data<uint8_t>(*low) : nullptr;
   auto *scale_to = mutable_data<uint16_t>(scale), *zero_to = mutable_data<uint16_t>(zero);
-  torch::stable::parallel_for(0, matrices, std::max<int64_t>(1, 32768 / (rows * cols)), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, codes.matrices, grain(rows * cols), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      set.quantize(from + i * bytes, dtype, rows, cols, cols, static_cast<int>(hi_bits), static_cast<int>(lo_bits), per_channel,
-                   high_to + i * high_bytes, low_to ? low_to + i * low_bytes : nullptr, scale_to + i * scales,
-                   zero_to + i * scales);
+      set.quantize(from + i * bytes, dtype, rows, cols, cols, static_cast<int>(hi_bits), static_cast<int>(lo_bits),
+                   per_channel, high_to + i * codes.high_bytes, low_to ? low_to + i * codes.low_bytes : nullptr,
+                   scale_to + i * codes.scales, zero_to + i * codes.scales);
   });
 }
 
 void dequantize_block(const Tensor& high, const MaybeTensor& low, const Tensor& scale, const Tensor& zero, int64_t hi_bits,
                       int64_t lo_bits, bool per_channel, Tensor y) {
   check("y", y, ScalarType::Float, std::vector<int64_t>(y.dim(), -1));
-  const int64_t rows = y.size(y.dim() - 2), cols = y.size(y.dim() - 1), matrices = y.numel() / (rows * cols);
-  const int64_t high_bytes = rows * cols * hi_bits / 8, low_bytes = rows * cols * lo_bits / 8;
-  const int64_t scales = per_channel ? cols : rows;
-  STD_TORCH_CHECK(high.is_contiguous() && high.numel() == matrices * high_bytes, "high: unexpected size");
-  STD_TORCH_CHECK(!low || (low->is_contiguous() && low->numel() == matrices * low_bytes), "low: unexpected size");
-  STD_TORCH_CHECK(scale.is_contiguous() && zero.is_contiguous() && scale.numel() == matrices * scales &&
-                      zero.numel() == matrices * scales,
-                  "scale, zero: unexpected size");
+  const BlockCodes codes(y, hi_bits, low ? lo_bits : 0, per_channel, high, low, scale, zero);
+  const int64_t rows = codes.rows, cols = codes.cols;
   const bool streamed = y.numel() * 4 > (int64_t{1} << 22);  // larger than a cache: nobody will find it there
   const CpuKernels& set = kernels();
-  torch::stable::parallel_for(0, matrices, std::max<int64_t>(1, 32768 / (rows * cols)), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, codes.matrices, grain(rows * cols), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      set.dequantize(data<uint8_t>(high) + i * high_bytes, low ? data<uint8_t>(*low) + i * low_bytes : nullptr,
-                     data<uint16_t>(scale) + i * scales, data<uint16_t>(zero) + i * scales, rows, cols,
+      set.dequantize(data<uint8_t>(high) + i * codes.high_bytes,
+                     low ? data<uint8_t>(*low) + i * codes.low_bytes : nullptr,
+                     data<uint16_t>(scale) + i * codes.scales, data<uint16_t>(zero) + i * codes.scales, rows, cols,
                      static_cast<int>(hi_bits), static_cast<int>(lo_bits), per_channel, streamed,
                      mutable_data<float>(y) + i * rows * cols);
   });
@@ -59,20 +53,9 @@ void append(const Tensor& new_k, const Tensor& new_v, const Tensor& block_ids, M
             MaybeTensor k_low, MaybeTensor k_scale, MaybeTensor k_zero, int64_t hi_bits, int64_t lo_bits, MaybeTensor v,
             MaybeTensor v_codes, MaybeTensor v_scale, MaybeTensor v_zero, int64_t v_bits) {
   const Dtype k_dtype = dtype_of("new_k", new_k), v_dtype = dtype_of("new_v", new_v);
-  for (const auto& [name, x] : {std::pair{"new_k", &new_k}, std::pair{"new_v", &new_v}})
-    STD_TORCH_CHECK(x->dim() == 4 && rows_follow(*x), name,
-                    ": expected [blocks, groups, block_size, channels] whose rows follow each other");
-  const int64_t count = new_k.size(0), groups = new_k.size(1), tokens = new_k.size(2), dim = new_k.size(3);
-  const int64_t value_dim = new_v.size(3);
-  STD_TORCH_CHECK(new_v.size(0) == count && new_v.size(1) == groups && new_v.size(2) == tokens,
-                  "new_v: expected the blocks, groups and block_size of new_k");
-  const Keys keys = KeyArguments{k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits}.view(groups, dim);
-  const Values values = ValueArguments{v, v_codes, v_scale, v_zero, v_bits}.view(groups, tokens, value_dim);
-  STD_TORCH_CHECK(keys.block_size == tokens, "new_k: expected blocks of ", keys.block_size, " tokens, got ", tokens);
-  STD_TORCH_CHECK(!k || k->scalar_type() == new_k.scalar_type(), "k: expected the dtype of new_k");
-  STD_TORCH_CHECK(!v || v->scalar_type() == new_v.scalar_type(), "v: expected the dtype of new_v");
-  STD_TORCH_CHECK(!k_high || (lo_bits == 0 || k || k_low), "k_low: expected where lo_bits is not 0");
-  check("block_ids", block_ids, ScalarType::Long, {count});
+  const auto [count, groups, tokens, keys, values] =
+      NewBlocks(new_k, new_v, block_ids, k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits, v, v_codes, v_scale, v_zero, v_bits);
+  const int64_t dim = keys.dim, value_dim = values.dim;
   const int64_t* ids = data<int64_t>(block_ids);
   check_ids("block_ids", ids, count, std::min(blocks_of(k, k_high), blocks_of(v, v_codes)));
   const CpuKernels& set = kernels();
@@ -81,7 +64,7 @@ void append(const Tensor& new_k, const Tensor& new_v, const Tensor& block_ids, M
     return x ? static_cast<uint8_t*>(x->mutable_data_ptr()) + row * width : nullptr;
   };
   auto halves = [](MaybeTensor& x, int64_t at) { return static_cast<uint16_t*>(x->mutable_data_ptr()) + at; };
-  torch::stable::parallel_for(0, count * groups, std::max<int64_t>(1, 32768 / (tokens * dim)), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, count * groups, grain(tokens * dim), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / groups, head = i % groups, at = ids[block] * groups + head, row = at * tokens;
       const char* from_k = static_cast<const char*>(new_k.const_data_ptr()) +

@@ -181,9 +181,33 @@ def attend_mass(
     """See reference.attend_mass. On CPU and of one pool, little is read beyond what is needed; else every key is, and
     the values of the tokens that are needed: reading until it is enough would keep most of a GPU waiting.
     """
-    if len(stored) > 1 or q.is_cuda:
-        return _attend_mass_of_all(q, stored, scores, slope, raw_lse, epsilon, softmax_scale)
-    ((keys, values, block_ids),), (score,) = stored, scores
+    if len(stored) == 1 and not q.is_cuda:
+        partial, read = _attend_mass_of_one(q, stored[0], scores[0], slope, raw_lse, epsilon, softmax_scale)
+        return [partial], read
+    rank = rank_tokens(torch.cat([s.coarse.flatten(2) for s in scores], -1), raw_lse)
+    logits = torch.cat([key_logits(q, keys, block_ids, softmax_scale) for keys, _, block_ids in stored], -1)
+    read = reference.select_mass(rank, scores, slope, logits, raw_lse, epsilon)
+    partials, first = [], 0
+    for (keys, values, block_ids), score in zip(stored, scores, strict=True):
+        size = score.coarse.shape[-1]
+        tokens = block_ids.repeat_interleave(size).expand(q.shape[0], -1)
+        offsets = torch.arange(size, device=q.device).repeat(len(block_ids)).expand_as(tokens)
+        mine = read[:, first : first + tokens.shape[1]]
+        partials.append(attend_tokens(q, keys, values, tokens, offsets, softmax_scale, mine))
+        first += tokens.shape[1]
+    return partials, read
+
+
+def _attend_mass_of_one(
+    q: Tensor,
+    pool: tuple[Keys, Values, Tensor],
+    score: TokenScores,
+    slope: float | None,
+    raw_lse: Tensor,
+    epsilon: float,
+    softmax_scale: float,
+) -> tuple[Partial, Tensor]:
+    keys, values, block_ids = pool
     q = q.float().contiguous()
     partial = _empty_partial(q, _value_dim(values))
     coarse, extra = score.coarse.contiguous(), (score.radius if slope is None else score.spread).contiguous()
@@ -202,30 +226,7 @@ def attend_mass(
         *partial,
         read,
     )
-    return [partial], read
-
-
-def _attend_mass_of_all(
-    q: Tensor,
-    stored: list[tuple[Keys, Values, Tensor]],
-    scores: list[TokenScores],
-    slope: float | None,
-    raw_lse: Tensor,
-    epsilon: float,
-    softmax_scale: float,
-) -> tuple[list[Partial], Tensor]:
-    rank = rank_tokens(torch.cat([s.coarse.flatten(2) for s in scores], -1), raw_lse)
-    logits = torch.cat([key_logits(q, keys, block_ids, softmax_scale) for keys, _, block_ids in stored], -1)
-    read = reference.select_mass(rank, scores, slope, logits, raw_lse, epsilon)
-    partials, first = [], 0
-    for (keys, values, block_ids), score in zip(stored, scores, strict=True):
-        size = score.coarse.shape[-1]
-        tokens = block_ids.repeat_interleave(size).expand(q.shape[0], -1)
-        offsets = torch.arange(size, device=q.device).repeat(len(block_ids)).expand_as(tokens)
-        mine = read[:, first : first + tokens.shape[1]]
-        partials.append(attend_tokens(q, keys, values, tokens, offsets, softmax_scale, mine))
-        first += tokens.shape[1]
-    return partials, read
+    return partial, read
 
 
 def attend_window(q: Tensor, k: Tensor, v: Tensor, query_tokens: int, softmax_scale: float) -> Partial:

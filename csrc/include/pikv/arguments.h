@@ -117,6 +117,34 @@ struct ValueArguments {
   }
 };
 
+// New blocks [count, groups, tokens, channels] for blocks block_ids [count] of a pool, and the pool's fields, checked against each other.
+struct NewBlocks {
+  int64_t count, groups, tokens;
+  Keys keys;
+  Values values;
+
+  NewBlocks(const Tensor& new_k, const Tensor& new_v, const Tensor& block_ids, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS) {
+    check_blocks("new_k", new_k);
+    check_blocks("new_v", new_v);
+    count = new_k.size(0), groups = new_k.size(1), tokens = new_k.size(2);
+    STD_TORCH_CHECK(new_v.size(0) == count && new_v.size(1) == groups && new_v.size(2) == tokens,
+                    "new_v: expected the blocks, groups and block_size of new_k");
+    keys = KeyArguments{k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits}.view(groups, new_k.size(3));
+    values = ValueArguments{v, v_codes, v_scale, v_zero, v_bits}.view(groups, tokens, new_v.size(3));
+    STD_TORCH_CHECK(keys.block_size == tokens, "new_k: expected blocks of ", keys.block_size, " tokens, got ", tokens);
+    STD_TORCH_CHECK(!k || k->scalar_type() == new_k.scalar_type(), "k: expected the dtype of new_k");
+    STD_TORCH_CHECK(!v || v->scalar_type() == new_v.scalar_type(), "v: expected the dtype of new_v");
+    STD_TORCH_CHECK(!k_high || lo_bits == 0 || k || k_low, "k_low: expected where lo_bits is not 0");
+    check("block_ids", block_ids, ScalarType::Long, {count});
+  }
+
+ private:
+  static void check_blocks(const char* name, const Tensor& x) {
+    STD_TORCH_CHECK(x.dim() == 4 && rows_follow(x), name,
+                    ": expected [blocks, groups, block_size, channels] whose rows follow each other");
+  }
+};
+
 // The sizes of matrices x [..., tokens, channels] and of their codes, checked against each other. lo_bits: 0 where there is no low
 // plane.
 struct BlockCodes {
