@@ -19,6 +19,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input -qq
 CONSTRAINTS := requirements/constraints.txt
 CSRC := $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/* csrc/include/pikv/*)
+CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
@@ -59,10 +60,11 @@ test: lint ## lint, then every test that is not slow
 test-all: lint ## lint, then every test
 	@$(PY) -m pytest $(PYTEST_ARGS)
 
-lint: $(STAMP) ## ruff and mypy
+lint: $(STAMP) ## ruff, mypy, and lines of C++ that are too long
 	@$(PY) -m ruff check --quiet .
 	@$(PY) -m ruff format --quiet --check . || { echo "run 'make format'" >&2; exit 1; }
 	@$(PY) -m mypy --no-error-summary
+	@awk 'length > 120 {print FILENAME ":" FNR ": longer than 120 columns"; bad = 1} END {exit bad}' $(CXX_SOURCES)
 
 format: $(STAMP) ## let ruff format the code and mend what it can
 	@$(PY) -m ruff check --quiet --fix . || true

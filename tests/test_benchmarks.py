@@ -54,6 +54,21 @@ def test_attention_prints_every_row_and_mark():
     assert len(re.findall(r"^mark: .+: wanted [<>]= [\d.]+, got \d+\.\d\d(, missed)?$", done.stdout, re.M)) == 2 * 7
 
 
+def test_cache_prints_every_row_and_mark():
+    done = run("bench_cache.py", "--context", "256", "--step-context", "128", "--rounds", "1", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    rows = (
+        "append 1 block",
+        "append 32 blocks",
+        "select_topk",
+        "attend_tokens",
+        "decode step of 1",
+        "decode step of 16",
+    )
+    assert all(re.search(rf"^{row} +([\d.]+ +){{2}}[\d.]+$", done.stdout, re.M) for row in rows)
+    assert len(re.findall(r"^mark: .+: wanted >= 1, got \d+\.\d\d(, missed)?$", done.stdout, re.M)) == 5
+
+
 @pytest.mark.slow
 def test_quant_prints_every_peer_and_mark():
     done = run("bench_quant.py", "--tokens", "64", "--rounds", "1", "--threads", "1")

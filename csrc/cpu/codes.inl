@@ -184,12 +184,13 @@ inline void put_codes(uint8_t* to, Vec x, Vec zero, Vec scale, Vec inverse) {
 #endif
 
 // Turns ranges into what is stored, and into the floats that it stands for: least to zero, most to scale.
-void round_outwards(int64_t count, int levels, float* least, float* most, float* inverse, uint16_t* zero, uint16_t* scale) {
+void round_outwards(int64_t count, int levels, float* least, float* most, float* inverse, uint16_t* zero,
+                    uint16_t* scale) {
   halves_down(least, count, zero);
   to_float(zero, Dtype::kFloat16, 0, count, least);
   for (int64_t g = 0; g < count; ++g) most[g] = (most[g] - least[g]) / static_cast<float>(levels);
   halves_up(most, count, scale);
-  for (int64_t g = 0; g < count; ++g) scale[g] = (scale[g] & 0x7fffu) ? scale[g] : 1;  // float16's smallest positive number
+  for (int64_t g = 0; g < count; ++g) scale[g] = (scale[g] & 0x7fffu) ? scale[g] : 1;  // float16's smallest above 0
   to_float(scale, Dtype::kFloat16, 0, count, most);
   for (int64_t g = 0; g < count; ++g) inverse[g] = 1.0f / most[g];
 }
@@ -203,7 +204,8 @@ void quantize(const float* x, int64_t rows, int64_t cols, int64_t stride, bool p
   if (static_cast<int64_t>(numbers.size()) < 3 * groups) numbers.resize(3 * groups);
   if (static_cast<int64_t>(row_codes.size()) < cols) row_codes.resize(cols);
   float *least = numbers.data(), *most = least + groups, *inverse = most + groups;
-  per_channel ? range_per_column(x, rows, cols, stride, least, most) : range_per_row(x, rows, cols, stride, least, most);
+  per_channel ? range_per_column(x, rows, cols, stride, least, most)
+              : range_per_row(x, rows, cols, stride, least, most);
   round_outwards(groups, (1 << (Hi + Lo)) - 1, least, most, inverse, zero, scale);
   for (int64_t r = 0; r < rows; ++r) {
     const float* row = x + r * stride;
@@ -211,7 +213,8 @@ void quantize(const float* x, int64_t rows, int64_t cols, int64_t stride, bool p
     uint8_t* codes = Hi == 8 ? high + r * cols : row_codes.data();
     int64_t c = 0;
     if (per_channel) {
-      for (; c + W <= cols; c += W) put_codes(codes + c, load(row + c), load(least + c), load(most + c), load(inverse + c));
+      for (; c + W <= cols; c += W)
+        put_codes(codes + c, load(row + c), load(least + c), load(most + c), load(inverse + c));
       for (; c < cols; ++c) put_codes(codes + c, row[c], least[c], most[c], inverse[c]);
     } else {
       const Vec z = splat(least[r]), s = splat(most[r]), i = splat(inverse[r]);
@@ -248,8 +251,8 @@ inline Vec at(const float* p, Vec) { return load(p); }
 inline float at(const float* p, float) { return *p; }
 
 template <int Hi, int Lo, bool Streamed>
-void dequantize(const uint8_t* high, const uint8_t* low, const float* scale, const float* zero, int64_t rows, int64_t cols,
-                bool per_channel, float* y) {
+void dequantize(const uint8_t* high, const uint8_t* low, const float* scale, const float* zero, int64_t rows,
+                int64_t cols, bool per_channel, float* y) {
   for (int64_t r = 0; r < rows; ++r) {
     float* row = y + r * cols;
     auto write = [row](int64_t c, auto x) { Streamed ? put_streamed(row + c, x) : put(row + c, x); };

@@ -10,7 +10,8 @@ const CpuKernels* choose_kernels(const char* name) {
 #if defined(__x86_64__)
   avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
 #endif
   const CpuKernels* sets[] = {avx512 ? avx512_kernels() : nullptr, avx2 ? avx2_kernels() : nullptr, scalar_kernels()};
   for (const CpuKernels* set : sets)

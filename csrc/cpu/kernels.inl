@@ -36,8 +36,9 @@ inline bool codes_in_place(const Values&) { return false; }
 #include "mass.inl"
 
 const CpuKernels kTable{
-    PIKV_NAME,    quantize,   dequantize,       attend_blocks, attend_tokens, attend_raw,  attend_mass,
-    score_tokens, score_blocks, key_logits,     token_importance, window_importance, rank_tokens, select_topk, unread_mass,
+    PIKV_NAME,        quantize,          dequantize,   attend_blocks, attend_tokens,
+    attend_raw,       attend_mass,       score_tokens, score_blocks,  key_logits,
+    token_importance, window_importance, rank_tokens,  select_topk,   unread_mass,
 };
 
 }  // namespace

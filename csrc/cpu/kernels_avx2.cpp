@@ -1,6 +1,6 @@
 // Kernels for AVX2, FMA and F16C.
 #if defined(__x86_64__)
-// Headers first: their functions keep the baseline target, so that no code for AVX2 leaks into what others link against.
+// Headers first: their functions keep the baseline target, so that no code for AVX2 leaks into what others link with.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -31,8 +31,8 @@ void quantize_block(const Tensor& x, int64_t hi_bits, int64_t lo_bits, bool per_
   });
 }
 
-void dequantize_block(const Tensor& high, const MaybeTensor& low, const Tensor& scale, const Tensor& zero, int64_t hi_bits,
-                      int64_t lo_bits, bool per_channel, Tensor y) {
+void dequantize_block(const Tensor& high, const MaybeTensor& low, const Tensor& scale, const Tensor& zero,
+                      int64_t hi_bits, int64_t lo_bits, bool per_channel, Tensor y) {
   check("y", y, ScalarType::Float, std::vector<int64_t>(y.dim(), -1));
   const BlockCodes codes(y, hi_bits, low ? lo_bits : 0, per_channel, high, low, scale, zero);
   const int64_t rows = codes.rows, cols = codes.cols;
@@ -54,7 +54,8 @@ void append(const Tensor& new_k, const Tensor& new_v, const Tensor& block_ids, M
             MaybeTensor v_codes, MaybeTensor v_scale, MaybeTensor v_zero, int64_t v_bits) {
   const Dtype k_dtype = dtype_of("new_k", new_k), v_dtype = dtype_of("new_v", new_v);
   const auto [count, groups, tokens, keys, values] =
-      NewBlocks(new_k, new_v, block_ids, k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits, v, v_codes, v_scale, v_zero, v_bits);
+      NewBlocks(new_k, new_v, block_ids, k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits, v, v_codes, v_scale,
+                v_zero, v_bits);
   const int64_t dim = keys.dim, value_dim = values.dim;
   const int64_t* ids = data<int64_t>(block_ids);
   check_ids("block_ids", ids, count, std::min(blocks_of(k, k_high), blocks_of(v, v_codes)));
@@ -73,8 +74,9 @@ void append(const Tensor& new_k, const Tensor& new_v, const Tensor& block_ids, M
                            (block * new_v.stride(0) + head * new_v.stride(1)) * v_size;
       if (k) std::memcpy(bytes(k, row, dim * k_size), from_k, tokens * dim * k_size);
       if (k_high)
-        set.quantize(from_k, k_dtype, tokens, dim, dim, keys.hi_bits, keys.lo_bits, true, bytes(k_high, row, dim * hi_bits / 8),
-                     bytes(k_low, row, dim * lo_bits / 8), halves(k_scale, at * dim), halves(k_zero, at * dim));
+        set.quantize(from_k, k_dtype, tokens, dim, dim, keys.hi_bits, keys.lo_bits, true,
+                     bytes(k_high, row, dim * hi_bits / 8), bytes(k_low, row, dim * lo_bits / 8),
+                     halves(k_scale, at * dim), halves(k_zero, at * dim));
       if (v) std::memcpy(bytes(v, row, value_dim * v_size), from_v, tokens * value_dim * v_size);
       if (!v)
         set.quantize(from_v, v_dtype, tokens, value_dim, value_dim, values.bits, 0, false,

@@ -1,4 +1,4 @@
-// What csrc/cuda/device.h offers, for the simulator: tensors of the CPU, no streams, and room for several thread blocks.
+// What csrc/cuda/device.h offers, for the simulator: tensors of the CPU, no streams, and room for some thread blocks.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

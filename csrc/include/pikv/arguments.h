@@ -1,5 +1,5 @@
-// Checked tensor arguments as the kernels take them, for the CPU's and CUDA's bindings alike: dtypes, shapes and contiguous memory of
-// stored keys and values. Of torch it needs the stable ABI alone.
+// Checked tensor arguments as the kernels take them, for the CPU's and CUDA's bindings alike: dtypes, shapes and
+// contiguous memory of stored keys and values. Of torch it needs the stable ABI alone.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -41,16 +41,19 @@ inline Dtype dtype_of(const char* name, const Tensor& x) {
 inline void check(const char* name, const Tensor& x, ScalarType dtype, const std::vector<int64_t>& shape) {
   STD_TORCH_CHECK(x.scalar_type() == dtype, name, ": unexpected dtype");
   STD_TORCH_CHECK(x.is_contiguous(), name, ": expected a contiguous tensor");
-  STD_TORCH_CHECK(x.dim() == static_cast<int64_t>(shape.size()), name, ": expected ", shape.size(), " dimensions, got ", x.dim());
+  STD_TORCH_CHECK(x.dim() == static_cast<int64_t>(shape.size()), name, ": expected ", shape.size(), " dimensions, got ",
+                  x.dim());
   for (size_t i = 0; i < shape.size(); ++i)
-    STD_TORCH_CHECK(shape[i] < 0 || x.size(i) == shape[i], name, ": expected size ", shape[i], " in dimension ", i, ", got ",
-                    x.size(i));
+    STD_TORCH_CHECK(shape[i] < 0 || x.size(i) == shape[i], name, ": expected size ", shape[i], " in dimension ", i,
+                    ", got ", x.size(i));
 }
 
-// Whether the rows (last dimension) of x follow each other within its last two dimensions. Strides of a dimension of size 1 say nothing.
+// Whether the rows (last dimension) of x follow each other within its last two dimensions. Strides of a dimension of
+// size 1 say nothing.
 inline bool rows_follow(const Tensor& x) {
   const int64_t last = x.dim() - 1, channels = x.size(last);
-  return x.numel() == 0 || ((channels == 1 || x.stride(last) == 1) && (x.size(last - 1) == 1 || x.stride(last - 1) == channels));
+  return x.numel() == 0 ||
+         ((channels == 1 || x.stride(last) == 1) && (x.size(last - 1) == 1 || x.stride(last - 1) == channels));
 }
 
 template <class T>
@@ -117,13 +120,15 @@ struct ValueArguments {
   }
 };
 
-// New blocks [count, groups, tokens, channels] for blocks block_ids [count] of a pool, and the pool's fields, checked against each other.
+// New blocks [count, groups, tokens, channels] for blocks block_ids [count] of a pool, and the pool's fields, checked
+// against each other.
 struct NewBlocks {
   int64_t count, groups, tokens;
   Keys keys;
   Values values;
 
-  NewBlocks(const Tensor& new_k, const Tensor& new_v, const Tensor& block_ids, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS) {
+  NewBlocks(const Tensor& new_k, const Tensor& new_v, const Tensor& block_ids, PIKV_KEY_ARGUMENTS,
+            PIKV_VALUE_ARGUMENTS) {
     check_blocks("new_k", new_k);
     check_blocks("new_v", new_v);
     count = new_k.size(0), groups = new_k.size(1), tokens = new_k.size(2);
@@ -145,13 +150,13 @@ struct NewBlocks {
   }
 };
 
-// The sizes of matrices x [..., tokens, channels] and of their codes, checked against each other. lo_bits: 0 where there is no low
-// plane.
+// The sizes of matrices x [..., tokens, channels] and of their codes, checked against each other. lo_bits: 0 where
+// there is no low plane.
 struct BlockCodes {
   int64_t rows, cols, matrices, scales, high_bytes, low_bytes;  // of one matrix, but for `matrices`
 
-  BlockCodes(const Tensor& x, int64_t hi_bits, int64_t lo_bits, bool per_channel, const Tensor& high, const MaybeTensor& low,
-             const Tensor& scale, const Tensor& zero) {
+  BlockCodes(const Tensor& x, int64_t hi_bits, int64_t lo_bits, bool per_channel, const Tensor& high,
+             const MaybeTensor& low, const Tensor& scale, const Tensor& zero) {
     STD_TORCH_CHECK(x.is_contiguous() && x.dim() >= 2, "x: expected a contiguous tensor [..., tokens, channels]");
     rows = x.size(x.dim() - 2), cols = x.size(x.dim() - 1), matrices = x.numel() / std::max<int64_t>(1, rows * cols);
     scales = per_channel ? cols : rows;

@@ -27,8 +27,8 @@ void run(int64_t groups, int64_t rows, int64_t blocks, int64_t block_size) {
     true_radius.push_back(static_cast<float>(std::log(largest)));
   }
   harness::launched(pikv::cuda::pikv_cuda_unread_mass(coarse.data(), 0.9f, spread.data(), radius.data(), read.get(),
-                                                      groups, rows, blocks, block_size, by_spread.data(), by_radius.data(),
-                                                      nullptr));
+                                                      groups, rows, blocks, block_size, by_spread.data(),
+                                                      by_radius.data(), nullptr));
   harness::near("by_spread", by_spread, true_spread, 1e-5f);
   harness::near("by_radius", by_radius, true_radius, 1e-5f);
 }
