@@ -1,5 +1,5 @@
-// torch.ops.pikv.*: the ops' schemas and their CPU implementations (csrc/ops). Built against torch's stable ABI, so one library
-// serves every later torch.
+// torch.ops.pikv.*: the ops' schemas and their CPU implementations (csrc/ops). Built against torch's stable ABI, so one
+// library serves every later torch.
 
 #include <torch/csrc/stable/library.h>
 
@@ -23,7 +23,8 @@ const CpuKernels& kernels() {
 // Makes the named kernel set run from now on ("auto": the widest this processor has); returns its name.
 std::string use_kernels(std::string name) {
   const CpuKernels* set = choose_kernels(name == "auto" ? nullptr : name.c_str());
-  STD_TORCH_CHECK(set, "kernel set: this processor or build has no '", name, "', expected auto, scalar, avx2 or avx512");
+  STD_TORCH_CHECK(set, "kernel set: this processor or build has no '", name,
+                  "', expected auto, scalar, avx2 or avx512");
   chosen.store(set);
   return set->name;
 }
@@ -39,9 +40,9 @@ STABLE_TORCH_LIBRARY(pikv, m) {
         "Tensor(c!) scale, Tensor(d!) zero) -> ()");
   m.def("dequantize_block_out(Tensor high, Tensor? low, Tensor scale, Tensor zero, int hi_bits, int lo_bits, "
         "bool per_channel, Tensor(a!) y) -> ()");
-  m.def("append_out(Tensor new_k, Tensor new_v, Tensor block_ids, Tensor(a!)? k, Tensor(b!)? k_high, Tensor(c!)? k_low, "
-        "Tensor(d!)? k_scale, Tensor(e!)? k_zero, int hi_bits, int lo_bits, Tensor(f!)? v, Tensor(g!)? v_codes, "
-        "Tensor(h!)? v_scale, Tensor(i!)? v_zero, int v_bits) -> ()");
+  m.def("append_out(Tensor new_k, Tensor new_v, Tensor block_ids, Tensor(a!)? k, Tensor(b!)? k_high, "
+        "Tensor(c!)? k_low, Tensor(d!)? k_scale, Tensor(e!)? k_zero, int hi_bits, int lo_bits, Tensor(f!)? v, "
+        "Tensor(g!)? v_codes, Tensor(h!)? v_scale, Tensor(i!)? v_zero, int v_bits) -> ()");
   m.def("prefetch(Tensor field, Tensor block_ids) -> ()");
   m.def("attend_blocks_out(Tensor q, " PIKV_KEYS ", " PIKV_VALUES ", Tensor block_ids, float softmax_scale, "
         "Tensor? key_positions, Tensor? query_positions, Tensor(a!) out, Tensor(b!) lse) -> ()");
@@ -49,10 +50,11 @@ STABLE_TORCH_LIBRARY(pikv, m) {
         "float softmax_scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("attend_tokens_out(Tensor q, " PIKV_KEYS ", " PIKV_VALUES ", Tensor block_ids, Tensor offsets, "
         "float softmax_scale, Tensor? read, Tensor(a!) out, Tensor(b!) lse) -> ()");
-  m.def("attend_mass_out(Tensor q, " PIKV_KEYS ", " PIKV_VALUES ", Tensor block_ids, Tensor coarse, float slope, Tensor extra, "
-        "Tensor raw_lse, float epsilon, float softmax_scale, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) read) -> ()");
-  m.def("attend_at_out(Tensor q, Tensor k, Tensor v, Tensor? key_positions, Tensor? query_positions, float softmax_scale, "
-        "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("attend_mass_out(Tensor q, " PIKV_KEYS ", " PIKV_VALUES ", Tensor block_ids, Tensor coarse, float slope, "
+        "Tensor extra, Tensor raw_lse, float epsilon, float softmax_scale, Tensor(a!) out, Tensor(b!) lse, "
+        "Tensor(c!) read) -> ()");
+  m.def("attend_at_out(Tensor q, Tensor k, Tensor v, Tensor? key_positions, Tensor? query_positions, "
+        "float softmax_scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("merge_partials_out(Tensor outs, Tensor lses, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("score_tokens_out(Tensor q, Tensor? k, Tensor k_high, Tensor k_scale, Tensor k_zero, int hi_bits, int lo_bits, "
         "Tensor block_ids, float softmax_scale, Tensor(a!) coarse, Tensor(b!) radius, Tensor(c!) spread) -> ()");

@@ -42,8 +42,8 @@ void logits_of(const float* q, int64_t q_stride, Tile& tile, const Tokens& token
 
 // out [NR, E] = out * fade + zero + weights [NR, width], at most `most` [NR], times the values.
 template <int NR>
-void weigh_values(Tile& tile, const Tokens& tokens, int64_t width, const float* most, const float* fade, const float* zero,
-                  float* out) {
+void weigh_values(Tile& tile, const Tokens& tokens, int64_t width, const float* most, const float* fade,
+                  const float* zero, float* out) {
   const Values& values = tokens.values;
   const float* weights = tile.weights.data();
   (void)most;
@@ -177,7 +177,8 @@ class OutOrder {
 // Readies the keys of a block's head: null where its codes are read in place, else where its floats are.
 const float* ready_keys(const Keys& keys, int64_t id, int64_t head, Tile& tile) {
   const int64_t dim = keys.dim, tokens = keys.block_size, row = (id * keys.groups + head) * tokens;
-  if (keys.raw && keys.dtype == Dtype::kFloat32 && padded(dim) == dim && padded(tokens) == tokens)  // whole vectors already
+  // whole vectors already
+  if (keys.raw && keys.dtype == Dtype::kFloat32 && padded(dim) == dim && padded(tokens) == tokens)
     return static_cast<const float*>(keys.raw) + row * dim;
   if (!keys.raw) {
     key_scales(keys, id, head, tile);
@@ -261,7 +262,8 @@ void attend_tokens(const float* q, int64_t rows, const Keys& keys, const Values&
   int64_t held = 0, block = -1;
   auto flush = [&] {
     clear_behind(tile, held, dim);
-    absorb_rows(q, rows, tile, {tile.k.data(), tile.v.data(), keys, values, 0, held, nullptr, nullptr}, nullptr, partial);
+    absorb_rows(q, rows, tile, {tile.k.data(), tile.v.data(), keys, values, 0, held, nullptr, nullptr}, nullptr,
+                partial);
     held = 0;
   };
   for (int64_t i = 0; i < count; ++i) {
@@ -293,7 +295,7 @@ void attend_raw(const float* q, int64_t rows, const Keys& keys, const Values& va
     }
     clear_behind(tile, here, keys.dim);
     const int64_t* positions = key_positions ? key_positions + first : nullptr;
-    absorb_rows(q, rows, tile, {tile.k.data(), tile.v.data(), keys, values, 0, here, positions, nullptr}, query_positions,
-                partial);
+    absorb_rows(q, rows, tile, {tile.k.data(), tile.v.data(), keys, values, 0, here, positions, nullptr},
+                query_positions, partial);
   }
 }

@@ -5,8 +5,8 @@
 #if PIKV_WIDTH == 8
 // Dot products of NR rows of scaled q with the bare codes of `tokens` rows: as `dots`.
 template <int NR, int Hi, int Lo>
-void dots_of_codes(const float* q, int64_t q_stride, const uint8_t* high, const uint8_t* low, int64_t tokens, int64_t dim,
-                   float* logits, int64_t logits_stride, Ahead* ahead) {
+void dots_of_codes(const float* q, int64_t q_stride, const uint8_t* high, const uint8_t* low, int64_t tokens,
+                   int64_t dim, float* logits, int64_t logits_stride, Ahead* ahead) {
   constexpr int parts = 8 / Hi, NT = W / 4;  // tokens at a time: sums fill half the registers
   const int64_t bytes = dim / parts;
   if (ahead) ahead->spread_over((tokens + NT - 1) / NT);
@@ -69,8 +69,8 @@ void code_logits(Tile& tile, const Keys& keys, int64_t row, bool high_only, cons
   const uint8_t* low = high_only || !keys.low ? nullptr : keys.low + row * bytes;
   with_planes(keys.hi_bits, low ? keys.lo_bits : 0, [&]<int Hi, int Lo>() {
     if constexpr (Hi < 8)
-      dots_of_codes<NR, Hi, Lo>(tile.scaled_q.data(), padded(keys.dim), high, low, keys.block_size, keys.dim, logits, width,
-                                ahead);
+      dots_of_codes<NR, Hi, Lo>(tile.scaled_q.data(), padded(keys.dim), high, low, keys.block_size, keys.dim, logits,
+                                width, ahead);
   });
   for (int r = 0; r < NR; ++r)
     for (int64_t t = 0; t < keys.block_size; ++t) logits[r * width + t] += offset[r];

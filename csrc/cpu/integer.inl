@@ -145,8 +145,8 @@ void code_logits(Tile& tile, const Keys& keys, int64_t row, bool high_only, cons
 // out [NR, dim] = out * fade + zero + weights times the bare codes of `tokens` rows, a multiple of four. In every run
 // of 64 channels, out has them in the order of `swap_quads`.
 template <int NR, int Bits>
-void integer_accumulate(const IntegerRows& weights, const uint8_t* codes, int64_t tokens, int64_t dim, const float* fade,
-                        const float* zero, float* out, Ahead* ahead) {
+void integer_accumulate(const IntegerRows& weights, const uint8_t* codes, int64_t tokens, int64_t dim,
+                        const float* fade, const float* zero, float* out, Ahead* ahead) {
   constexpr int parts = 8 / Bits, vectors = 2 / parts;  // of packed codes at a time: two of codes
   const int64_t bytes = dim / parts;
   if (ahead) ahead->spread_over(bytes / 64 * (4 / vectors) * (tokens / 4));

@@ -87,8 +87,8 @@ struct Unread {
 };
 
 // Logits [R, count] of single tokens of one head.
-void logits_of_tokens(const float* q, int64_t rows, const Keys& keys, const int64_t* ids, const int32_t* tokens, int64_t count,
-                      int64_t head, Tile& tile, float* logits) {
+void logits_of_tokens(const float* q, int64_t rows, const Keys& keys, const int64_t* ids, const int32_t* tokens,
+                      int64_t count, int64_t head, Tile& tile, float* logits) {
   const int64_t dim = keys.dim, q_stride = padded(dim), size = keys.block_size;
   int64_t block = -1;
   for (int64_t first = 0; first < count; first += kTokens) {
@@ -163,7 +163,8 @@ class Stop {
   }
 
  private:
-  bool needs_more(double missed, double read) const { return missed >= epsilon_ * (missed + read); }  // where both vanish, too
+  // True where both vanish, too.
+  bool needs_more(double missed, double read) const { return missed >= epsilon_ * (missed + read); }
 
   const Unread& tokens_;
   const RankOrder& order_;
@@ -176,7 +177,8 @@ class Stop {
 
 // Takes single tokens, by their places in memory, into the partial; logits [R, stride] by the same order.
 void absorb_tokens(int64_t rows, const Keys& keys, const Values& values, const int64_t* ids, const int32_t* tokens,
-                   int64_t count, const bool* read, int64_t head, const float* logits, int64_t stride, Partial partial) {
+                   int64_t count, const bool* read, int64_t head, const float* logits, int64_t stride,
+                   Partial partial) {
   const int64_t size = keys.block_size;
   Tile& tile = scratch(kTokens, keys.dim, values.dim);
   std::vector<float> taken_logits(rows * kTokens);
@@ -224,9 +226,9 @@ void absorb_masked(int64_t rows, const Keys& keys, const Values& values, const i
   }
 }
 
-int64_t attend_mass(const float* q, int64_t rows, const Keys& keys, const Values& values, const int64_t* ids, int64_t blocks,
-                    int64_t head, const float* coarse, float slope, const float* extra, const float* raw_lse, double epsilon, bool* read,
-                    Partial partial) {
+int64_t attend_mass(const float* q, int64_t rows, const Keys& keys, const Values& values, const int64_t* ids,
+                    int64_t blocks, int64_t head, const float* coarse, float slope, const float* extra,
+                    const float* raw_lse, double epsilon, bool* read, Partial partial) {
   const int64_t size = keys.block_size, count = blocks * size, few = count / 16;  // above it whole blocks are cheaper
   std::vector<float> rank(count), logits;
   std::vector<int32_t> by_place, place(count);
@@ -243,7 +245,8 @@ int64_t attend_mass(const float* q, int64_t rows, const Keys& keys, const Values
     std::sort(by_place.begin(), by_place.end());
     for (int64_t i = 0; i < held; ++i) place[by_place[i]] = static_cast<int32_t>(i);
     logits.resize(rows * held);
-    logits_of_tokens(q, rows, keys, ids, by_place.data(), held, head, scratch(kTokens, keys.dim, values.dim), logits.data());
+    logits_of_tokens(q, rows, keys, ids, by_place.data(), held, head, scratch(kTokens, keys.dim, values.dim),
+                     logits.data());
     const int64_t needs = stop.take(chosen, held, logits.data(), held, place.data());
     absorb_tokens(rows, keys, values, ids, by_place.data(), held, read, head, logits.data(), held, partial);
     tokens_read += needs;
@@ -260,6 +263,7 @@ int64_t attend_mass(const float* q, int64_t rows, const Keys& keys, const Values
     enough = needs < held || held == 0;
   }
   for (int64_t i = 0; i < count; ++i) before[i] = read[i] && !before[i];
-  absorb_masked(rows, keys, values, ids, blocks, reinterpret_cast<const bool*>(before.data()), head, logits.data(), partial);
+  absorb_masked(rows, keys, values, ids, blocks, reinterpret_cast<const bool*>(before.data()), head, logits.data(),
+                partial);
   return tokens_read;
 }

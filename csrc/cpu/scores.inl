@@ -80,7 +80,8 @@ void score_tokens(const float* q, int64_t rows, const Keys& keys, const int64_t*
       for (int r = 0; r < NR; ++r) {
         float* to = coarse + ((first + r) * stride + i) * tokens;
         std::memcpy(to, logits + r * width, tokens * sizeof(float));
-        for (int64_t t = 0; t < tokens; t += 16) __builtin_prefetch(to + 4 * tokens + t, 1);  // where later blocks' will go
+        for (int64_t t = 0; t < tokens; t += 16)
+          __builtin_prefetch(to + 4 * tokens + t, 1);  // where later blocks' will go
       }
     });
   }
@@ -148,16 +149,17 @@ inline void add_weights(const float* logits, float lse, int64_t count, float* su
   for (; t < count; ++t) sums[t] += std::exp(logits[t] - lse);
 }
 
-void token_importance(const float* q, int64_t rows, const float* lse, const Keys& keys, const int64_t* ids, int64_t count,
-                      float* importance) {
+void token_importance(const float* q, int64_t rows, const float* lse, const Keys& keys, const int64_t* ids,
+                      int64_t count, float* importance) {
   const int64_t tokens = keys.block_size;
   Tile& tile = scratch(tokens, keys.dim, 1);
   std::fill(importance, importance + count * tokens, 0.0f);
   for (int64_t i = 0; i < count; ++i)
     for (int64_t head = 0; head < keys.groups; ++head)
-      each_logit_row(q + head * rows * padded(keys.dim), rows, keys, ids[i], head, tile, [&](int64_t r, const float* from) {
-        add_weights(from, lse[head * rows + r], tokens, importance + i * tokens);
-      });
+      each_logit_row(q + head * rows * padded(keys.dim), rows, keys, ids[i], head, tile,
+                     [&](int64_t r, const float* from) {
+                       add_weights(from, lse[head * rows + r], tokens, importance + i * tokens);
+                     });
 }
 
 // Of raw tokens of one head, the newest query_tokens of them the queries' own; rows are heads times query tokens.
@@ -173,7 +175,8 @@ void window_importance(const float* q, int64_t rows, const float* lse, const Key
       dots<NR>(q + r * q_stride, q_stride, tile.k.data(), width, q_stride, tile.weights.data(), width, nullptr);
       for (int j = 0; j < NR; ++j) {
         const int64_t seen = count - query_tokens + (r + j) % query_tokens + 1 - first;
-        if (seen > 0) add_weights(tile.weights.data() + j * width, lse[r + j], std::min(here, seen), importance + first);
+        if (seen > 0)
+          add_weights(tile.weights.data() + j * width, lse[r + j], std::min(here, seen), importance + first);
       }
     });
   }

@@ -99,10 +99,10 @@ inline Vec hide(Vec x, const bool* hidden) {
 #endif
 }
 
-// Log-sum-exp of what unread tokens are expected to have, slope * coarse + spread [blocks], and of what they have at most, coarse
-// + radius [blocks].
-void unread_mass(const float* coarse, float slope, const float* spread, const float* radius, const bool* read, int64_t blocks,
-                 int64_t tokens, float* by_spread, float* by_radius) {
+// Log-sum-exp of what unread tokens are expected to have, slope * coarse + spread [blocks], and of what they have at
+// most, coarse + radius [blocks].
+void unread_mass(const float* coarse, float slope, const float* spread, const float* radius, const bool* read,
+                 int64_t blocks, int64_t tokens, float* by_spread, float* by_radius) {
   LogSum expected, most;
   for (int64_t b = 0; b < blocks; ++b) {
     const float* row = coarse + b * tokens;

@@ -41,20 +41,22 @@ void merge(PartialMemory* pieces, int64_t count, int64_t rows, int64_t dim, floa
 
 // Attention of every request's rows over its run of blocks, ids[first[i]] to ids[first[i + 1]]: out [requests, G, R,
 // E], lse.
-void attend_runs(const std::vector<float>& queries, int64_t rows, const Keys& keys, const Values& values, const int64_t* ids,
-                 const int64_t* first, int64_t requests, const int64_t* key_positions, const int64_t* query_positions,
-                 float* out, float* lse) {
+void attend_runs(const std::vector<float>& queries, int64_t rows, const Keys& keys, const Values& values,
+                 const int64_t* ids, const int64_t* first, int64_t requests, const int64_t* key_positions,
+                 const int64_t* query_positions, float* out, float* lse) {
   struct Piece {
     int64_t request, first, last;
   };
-  const int64_t threads = torch::stable::get_num_threads(), total = first[requests] - first[0], all_rows = keys.groups * rows;
+  const int64_t threads = torch::stable::get_num_threads(), total = first[requests] - first[0],
+                all_rows = keys.groups * rows;
   const int64_t most = threads == 1 ? std::max<int64_t>(1, total) : std::max<int64_t>(8, total / (4 * threads) + 1);
   std::vector<Piece> pieces;
   std::vector<int64_t> begin(requests + 1);  // of a request's pieces
   for (int64_t i = 0; i < requests; ++i) {
     const int64_t count = first[i + 1] - first[i], parts = std::max<int64_t>(1, (count + most - 1) / most);
     begin[i] = static_cast<int64_t>(pieces.size());
-    for (int64_t p = 0; p < parts; ++p) pieces.push_back({i, first[i] + count * p / parts, first[i] + count * (p + 1) / parts});
+    for (int64_t p = 0; p < parts; ++p)
+      pieces.push_back({i, first[i] + count * p / parts, first[i] + count * (p + 1) / parts});
   }
   begin[requests] = static_cast<int64_t>(pieces.size());
   std::vector<PartialMemory> partials(pieces.size(), PartialMemory(all_rows, values.dim));
@@ -62,9 +64,10 @@ void attend_runs(const std::vector<float>& queries, int64_t rows, const Keys& ke
   torch::stable::parallel_for(0, static_cast<int64_t>(pieces.size()), 1, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {
       const Piece& piece = pieces[i];
-      set.attend_blocks(queries.data() + piece.request * all_rows * padded(keys.dim), rows, keys, values, ids + piece.first,
-                        piece.last - piece.first, key_positions ? key_positions + piece.first * keys.block_size : nullptr,
-                        query_positions, partials[i].at(0, values.dim));
+      set.attend_blocks(queries.data() + piece.request * all_rows * padded(keys.dim), rows, keys, values,
+                        ids + piece.first, piece.last - piece.first,
+                        key_positions ? key_positions + piece.first * keys.block_size : nullptr, query_positions,
+                        partials[i].at(0, values.dim));
     }
   });
   for (int64_t i = 0; i < requests; ++i)
@@ -74,8 +77,9 @@ void attend_runs(const std::vector<float>& queries, int64_t rows, const Keys& ke
 
 }  // namespace
 
-void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids, double softmax_scale,
-                   const MaybeTensor& key_positions, const MaybeTensor& query_positions, Tensor out, Tensor lse) {
+void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
+                   double softmax_scale, const MaybeTensor& key_positions, const MaybeTensor& query_positions,
+                   Tensor out, Tensor lse) {
   STD_TORCH_CHECK(q.dim() == 3 && out.dim() == 3, "q, out: expected [groups, rows, channels]");
   const std::vector<float> queries = padded_queries(q, static_cast<float>(softmax_scale));
   const int64_t groups = q.size(0), rows = q.size(1), value_dim = out.size(2);
@@ -93,7 +97,8 @@ void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, co
   check_ids("block_ids", data<int64_t>(block_ids), count, std::min(blocks_of(k, k_high), blocks_of(v, v_codes)));
   attend_runs(queries, rows, keys, values, data<int64_t>(block_ids), first, 1,
               key_positions ? data<int64_t>(*key_positions) : nullptr,
-              query_positions ? data<int64_t>(*query_positions) : nullptr, mutable_data<float>(out), mutable_data<float>(lse));
+              query_positions ? data<int64_t>(*query_positions) : nullptr, mutable_data<float>(out),
+              mutable_data<float>(lse));
 }
 
 void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
@@ -110,13 +115,14 @@ void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, co
   const int64_t* first = data<int64_t>(first_blocks);
   STD_TORCH_CHECK(first[0] == 0 && first[requests] == block_ids.numel() && std::is_sorted(first, first + requests + 1),
                   "first_blocks: expected 0, ascending, to ", block_ids.numel());
-  check_ids("block_ids", data<int64_t>(block_ids), block_ids.numel(), std::min(blocks_of(k, k_high), blocks_of(v, v_codes)));
+  check_ids("block_ids", data<int64_t>(block_ids), block_ids.numel(),
+            std::min(blocks_of(k, k_high), blocks_of(v, v_codes)));
   attend_runs(queries, rows, keys, values, data<int64_t>(block_ids), first, requests, nullptr, nullptr,
               mutable_data<float>(out), mutable_data<float>(lse));
 }
 
-void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids, const Tensor& offsets,
-                   double softmax_scale, const MaybeTensor& read, Tensor out, Tensor lse) {
+void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
+                   const Tensor& offsets, double softmax_scale, const MaybeTensor& read, Tensor out, Tensor lse) {
   STD_TORCH_CHECK(q.dim() == 3 && out.dim() == 3, "q, out: expected [groups, rows, channels]");
   const std::vector<float> queries = padded_queries(q, static_cast<float>(softmax_scale));
   const int64_t groups = q.size(0), rows = q.size(1), value_dim = out.size(2), stride = padded(q.size(2));
@@ -128,7 +134,8 @@ void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, co
   if (read) check("read", *read, ScalarType::Bool, {groups, count});
   check("out", out, ScalarType::Float, {groups, rows, value_dim});
   check("lse", lse, ScalarType::Float, {groups, rows});
-  check_ids("block_ids", data<int64_t>(block_ids), groups * count, std::min(blocks_of(k, k_high), blocks_of(v, v_codes)));
+  check_ids("block_ids", data<int64_t>(block_ids), groups * count,
+            std::min(blocks_of(k, k_high), blocks_of(v, v_codes)));
   check_ids("offsets", data<int64_t>(offsets), groups * count, keys.block_size);
   const CpuKernels& set = kernels();
   const int64_t pieces = pieces_for(count, 128);
@@ -145,9 +152,9 @@ void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, co
   merge(partials.data(), pieces, groups * rows, value_dim, mutable_data<float>(out), mutable_data<float>(lse));
 }
 
-void attend_mass(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids, const Tensor& coarse,
-                 double slope, const Tensor& extra, const Tensor& raw_lse, double epsilon, double softmax_scale, Tensor out, Tensor lse,
-                 Tensor read) {
+void attend_mass(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
+                 const Tensor& coarse, double slope, const Tensor& extra, const Tensor& raw_lse, double epsilon,
+                 double softmax_scale, Tensor out, Tensor lse, Tensor read) {
   STD_TORCH_CHECK(q.dim() == 3 && out.dim() == 3, "q, out: expected [groups, rows, channels]");
   const std::vector<float> queries = padded_queries(q, static_cast<float>(softmax_scale));
   const int64_t groups = q.size(0), rows = q.size(1), value_dim = out.size(2), stride = padded(q.size(2));
@@ -167,9 +174,9 @@ void attend_mass(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, cons
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t head = begin; head < end; ++head)
       set.attend_mass(queries.data() + head * rows * stride, rows, keys, values, data<int64_t>(block_ids), count, head,
-                      data<float>(coarse) + head * rows * tokens, static_cast<float>(slope), data<float>(extra) + head * rows * count,
-                      data<float>(raw_lse) + head * rows, epsilon, mutable_data<bool>(read) + head * tokens,
-                      partial.at(head * rows, value_dim));
+                      data<float>(coarse) + head * rows * tokens, static_cast<float>(slope),
+                      data<float>(extra) + head * rows * count, data<float>(raw_lse) + head * rows, epsilon,
+                      mutable_data<bool>(read) + head * tokens, partial.at(head * rows, value_dim));
   });
   merge(&partial, 1, groups * rows, value_dim, mutable_data<float>(out), mutable_data<float>(lse));
 }

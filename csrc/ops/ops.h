@@ -1,5 +1,6 @@
-// The CPU ops behind torch.ops.pikv.*: what csrc/bindings.cpp registers, and what they share. Every op checks its arguments,
-// splits the work over threads and calls the kernels; it writes into tensors that it is given and allocates only scratch.
+// The CPU ops behind torch.ops.pikv.*: what csrc/bindings.cpp registers, and what they share. Every op checks its
+// arguments, splits the work over threads and calls the kernels; it writes into tensors that it is given and allocates
+// only scratch.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -17,40 +18,41 @@ std::string use_kernels(std::string name);
 
 void quantize_block(const Tensor& x, int64_t hi_bits, int64_t lo_bits, bool per_channel, Tensor high, MaybeTensor low,
                     Tensor scale, Tensor zero);
-void dequantize_block(const Tensor& high, const MaybeTensor& low, const Tensor& scale, const Tensor& zero, int64_t hi_bits,
-                      int64_t lo_bits, bool per_channel, Tensor y);
+void dequantize_block(const Tensor& high, const MaybeTensor& low, const Tensor& scale, const Tensor& zero,
+                      int64_t hi_bits, int64_t lo_bits, bool per_channel, Tensor y);
 void append(const Tensor& new_k, const Tensor& new_v, const Tensor& block_ids, MaybeTensor k, MaybeTensor k_high,
             MaybeTensor k_low, MaybeTensor k_scale, MaybeTensor k_zero, int64_t hi_bits, int64_t lo_bits, MaybeTensor v,
             MaybeTensor v_codes, MaybeTensor v_scale, MaybeTensor v_zero, int64_t v_bits);
 void prefetch(const Tensor& field, const Tensor& block_ids);
 
-void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids, double softmax_scale,
-                   const MaybeTensor& key_positions, const MaybeTensor& query_positions, Tensor out, Tensor lse);
+void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
+                   double softmax_scale, const MaybeTensor& key_positions, const MaybeTensor& query_positions,
+                   Tensor out, Tensor lse);
 void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
                    const Tensor& first_blocks, double softmax_scale, Tensor out, Tensor lse);
-void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids, const Tensor& offsets,
-                   double softmax_scale, const MaybeTensor& read, Tensor out, Tensor lse);
-void attend_mass(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids, const Tensor& coarse,
-                 double slope, const Tensor& extra, const Tensor& raw_lse, double epsilon, double softmax_scale, Tensor out, Tensor lse,
-                 Tensor read);
+void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
+                   const Tensor& offsets, double softmax_scale, const MaybeTensor& read, Tensor out, Tensor lse);
+void attend_mass(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
+                 const Tensor& coarse, double slope, const Tensor& extra, const Tensor& raw_lse, double epsilon,
+                 double softmax_scale, Tensor out, Tensor lse, Tensor read);
 void attend_at(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& key_positions,
                const MaybeTensor& query_positions, double softmax_scale, Tensor out, Tensor lse);
 void merge_partials(const Tensor& outs, const Tensor& lses, Tensor out, Tensor lse);
 
-void score_tokens(const Tensor& q, const MaybeTensor& k, const Tensor& k_high, const Tensor& k_scale, const Tensor& k_zero,
-                  int64_t hi_bits, int64_t lo_bits, const Tensor& block_ids, double softmax_scale, Tensor coarse,
-                  Tensor radius, Tensor spread);
+void score_tokens(const Tensor& q, const MaybeTensor& k, const Tensor& k_high, const Tensor& k_scale,
+                  const Tensor& k_zero, int64_t hi_bits, int64_t lo_bits, const Tensor& block_ids, double softmax_scale,
+                  Tensor coarse, Tensor radius, Tensor spread);
 void score_blocks(const Tensor& q, const Tensor& k_scale, const Tensor& k_zero, int64_t bits, const Tensor& block_ids,
                   double softmax_scale, Tensor bound, Tensor centre, Tensor spread);
 void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, const Tensor& block_ids, double softmax_scale, Tensor logits);
-void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, const Tensor& block_ids, double softmax_scale,
-                      Tensor importance);
+void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, const Tensor& block_ids,
+                      double softmax_scale, Tensor importance);
 void window_importance(const Tensor& q, const Tensor& lse, const Tensor& k, int64_t query_tokens, double softmax_scale,
                        Tensor importance);
 void rank_tokens(const Tensor& coarse, const Tensor& raw_lse, Tensor rank);
 void select_topk(const Tensor& scores, Tensor indices);
-void unread_mass(const Tensor& coarse, double slope, const Tensor& spread, const Tensor& radius, const Tensor& read, Tensor by_spread,
-                 Tensor by_radius);
+void unread_mass(const Tensor& coarse, double slope, const Tensor& spread, const Tensor& radius, const Tensor& read,
+                 Tensor by_spread, Tensor by_radius);
 
 // ---- shared
 
@@ -81,9 +83,10 @@ struct RawRows {
   Dtype dtype;
   int64_t tokens, dim, head_bytes;
 
-  RawRows(const char* name, const Tensor& x, int64_t groups, int64_t channels) : dtype(dtype_of(name, x)), dim(channels) {
-    STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == groups && x.size(2) == channels, name, ": expected [", groups, ", tokens, ",
-                    channels, "]");
+  RawRows(const char* name, const Tensor& x, int64_t groups, int64_t channels)
+      : dtype(dtype_of(name, x)), dim(channels) {
+    STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == groups && x.size(2) == channels, name, ": expected [", groups,
+                    ", tokens, ", channels, "]");
     STD_TORCH_CHECK(rows_follow(x), name, ": expected rows that follow each other");
     base = static_cast<const char*>(x.const_data_ptr());
     tokens = x.size(1);
@@ -105,7 +108,8 @@ inline int64_t pieces_for(int64_t work, int64_t least) {
   return std::max<int64_t>(1, std::min(work / least, threads == 1 ? 1 : 4 * threads));
 }
 
-// Pieces of a work that goes head after head over the same blocks: few blocks each, since the heads of a block lie together.
+// Pieces of a work that goes head after head over the same blocks: few blocks each, since the heads of a block lie
+// together.
 inline int64_t pieces_of_blocks(int64_t count) { return std::max<int64_t>(1, count / 16); }
 
 }  // namespace pikv

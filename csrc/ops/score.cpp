@@ -4,16 +4,17 @@
 
 namespace pikv {
 
-void score_tokens(const Tensor& q, const MaybeTensor& k, const Tensor& k_high, const Tensor& k_scale, const Tensor& k_zero,
-                  int64_t hi_bits, int64_t lo_bits, const Tensor& block_ids, double softmax_scale, Tensor coarse,
-                  Tensor radius, Tensor spread) {
+void score_tokens(const Tensor& q, const MaybeTensor& k, const Tensor& k_high, const Tensor& k_scale,
+                  const Tensor& k_zero, int64_t hi_bits, int64_t lo_bits, const Tensor& block_ids, double softmax_scale,
+                  Tensor coarse, Tensor radius, Tensor spread) {
   const std::vector<float> queries = padded_queries(q, static_cast<float>(softmax_scale));
   const int64_t groups = q.size(0), rows = q.size(1), stride = padded(q.size(2));
   const MaybeTensor high = k_high, scale = k_scale, zero = k_zero, none;
   const Keys keys = KeyArguments{k, high, none, scale, zero, hi_bits, lo_bits}.view(groups, q.size(2));
   const bool per_head = block_ids.dim() == 2;
   const int64_t count = block_ids.size(block_ids.dim() - 1);
-  check("block_ids", block_ids, ScalarType::Long, per_head ? std::vector<int64_t>{groups, count} : std::vector<int64_t>{count});
+  check("block_ids", block_ids, ScalarType::Long,
+        per_head ? std::vector<int64_t>{groups, count} : std::vector<int64_t>{count});
   check("coarse", coarse, ScalarType::Float, {groups, rows, count, keys.block_size});
   check("radius", radius, ScalarType::Float, {groups, rows, count});
   check("spread", spread, ScalarType::Float, {groups, rows, count});
@@ -54,8 +55,8 @@ void score_blocks(const Tensor& q, const Tensor& k_scale, const Tensor& k_zero, 
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = i % groups, piece = i / groups;
       const int64_t first = count * piece / pieces, last = count * (piece + 1) / pieces;
-      set.score_blocks(queries.data() + head * rows * stride, rows, keys, data<int64_t>(block_ids) + first, last - first, head,
-                       mutable_data<float>(bound) + head * rows * count + first,
+      set.score_blocks(queries.data() + head * rows * stride, rows, keys, data<int64_t>(block_ids) + first,
+                       last - first, head, mutable_data<float>(bound) + head * rows * count + first,
                        mutable_data<float>(centre) + head * rows * count + first,
                        mutable_data<float>(spread) + head * rows * count + first, count);
     }
@@ -75,15 +76,16 @@ void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, const Tensor& block_ids, do
   const int64_t pieces = pieces_of_blocks(count);
   torch::stable::parallel_for(0, pieces * groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t head = i % groups, piece = i / groups, first = count * piece / pieces, last = count * (piece + 1) / pieces;
-      set.key_logits(queries.data() + head * rows * stride, rows, keys, data<int64_t>(block_ids) + first, last - first, head,
-                     mutable_data<float>(logits) + head * rows * tokens + first * keys.block_size, tokens);
+      const int64_t head = i % groups, piece = i / groups, first = count * piece / pieces,
+                    last = count * (piece + 1) / pieces;
+      set.key_logits(queries.data() + head * rows * stride, rows, keys, data<int64_t>(block_ids) + first, last - first,
+                     head, mutable_data<float>(logits) + head * rows * tokens + first * keys.block_size, tokens);
     }
   });
 }
 
-void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, const Tensor& block_ids, double softmax_scale,
-                      Tensor importance) {
+void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, const Tensor& block_ids,
+                      double softmax_scale, Tensor importance) {
   STD_TORCH_CHECK(q.dim() == 3, "q: expected [groups, rows, channels]");
   const std::vector<float> queries = padded_queries(q, static_cast<float>(softmax_scale));
   const int64_t groups = q.size(0), rows = q.size(1);
@@ -113,8 +115,8 @@ void window_importance(const Tensor& q, const Tensor& lse, const Tensor& k, int6
   float* sums = mutable_data<float>(importance);
   std::fill(sums, sums + k_rows.tokens, 0.0f);
   for (int64_t head = 0; head < groups; ++head)
-    kernels().window_importance(queries.data() + head * rows * stride, rows, data<float>(lse) + head * rows, k_rows.keys(head),
-                                query_tokens, sums);
+    kernels().window_importance(queries.data() + head * rows * stride, rows, data<float>(lse) + head * rows,
+                                k_rows.keys(head), query_tokens, sums);
 }
 
 void rank_tokens(const Tensor& coarse, const Tensor& raw_lse, Tensor rank) {
@@ -126,8 +128,8 @@ void rank_tokens(const Tensor& coarse, const Tensor& raw_lse, Tensor rank) {
   const CpuKernels& set = kernels();
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t head = begin; head < end; ++head)
-      set.rank_tokens(data<float>(coarse) + head * rows * tokens, rows, tokens, tokens, data<float>(raw_lse) + head * rows,
-                      mutable_data<float>(rank) + head * tokens);
+      set.rank_tokens(data<float>(coarse) + head * rows * tokens, rows, tokens, tokens,
+                      data<float>(raw_lse) + head * rows, mutable_data<float>(rank) + head * tokens);
   });
 }
 
@@ -144,8 +146,8 @@ void select_topk(const Tensor& scores, Tensor indices) {
   });
 }
 
-void unread_mass(const Tensor& coarse, double slope, const Tensor& spread, const Tensor& radius, const Tensor& read, Tensor by_spread,
-                 Tensor by_radius) {
+void unread_mass(const Tensor& coarse, double slope, const Tensor& spread, const Tensor& radius, const Tensor& read,
+                 Tensor by_spread, Tensor by_radius) {
   STD_TORCH_CHECK(coarse.dim() == 4, "coarse: expected [groups, rows, blocks, block_size]");
   check("coarse", coarse, ScalarType::Float, {-1, -1, -1, -1});
   const int64_t groups = coarse.size(0), rows = coarse.size(1), blocks = coarse.size(2), tokens = coarse.size(3);
@@ -157,9 +159,10 @@ void unread_mass(const Tensor& coarse, double slope, const Tensor& spread, const
   const CpuKernels& set = kernels();
   torch::stable::parallel_for(0, groups * rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      set.unread_mass(data<float>(coarse) + i * blocks * tokens, static_cast<float>(slope), data<float>(spread) + i * blocks,
-                      data<float>(radius) + i * blocks, data<bool>(read) + i / rows * blocks * tokens, blocks, tokens,
-                      mutable_data<float>(by_spread) + i, mutable_data<float>(by_radius) + i);
+      set.unread_mass(data<float>(coarse) + i * blocks * tokens, static_cast<float>(slope),
+                      data<float>(spread) + i * blocks, data<float>(radius) + i * blocks,
+                      data<bool>(read) + i / rows * blocks * tokens, blocks, tokens, mutable_data<float>(by_spread) + i,
+                      mutable_data<float>(by_radius) + i);
   });
 }
 

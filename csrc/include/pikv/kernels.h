@@ -1,4 +1,5 @@
-// What a CPU kernel set offers, in plain pointers: no torch header here, so kernels compile once and can be tested alone.
+// What a CPU kernel set offers, in plain pointers: no torch header here, so kernels compile once and can be tested
+// alone.
 //
 // Shapes as in pikv_megatron/ops/reference: blocks of B tokens, G KV heads, D key and E value channels, R query rows of
 // one KV head. Every tensor is contiguous with a leading dimension of blocks. A table entry is a set of functions that
@@ -11,8 +12,8 @@ namespace pikv {
 
 enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
 
-// Stored keys. raw [blocks, G, B, D] or null (then the codes are the keys); high [blocks, G, B, D*hi_bits/8]; low likewise
-// or null; scale, zero [blocks, G, D] float16, or null where there are no codes.
+// Stored keys. raw [blocks, G, B, D] or null (then the codes are the keys); high [blocks, G, B, D*hi_bits/8]; low
+// likewise or null; scale, zero [blocks, G, D] float16, or null where there are no codes.
 struct Keys {
   const void* raw;
   const uint8_t* high;
@@ -53,14 +54,14 @@ struct CpuKernels {
   void (*quantize)(const void* x, Dtype dtype, int64_t rows, int64_t cols, int64_t row_stride, int hi_bits, int lo_bits,
                    bool per_channel, uint8_t* high, uint8_t* low, uint16_t* scale, uint16_t* zero);
 
-  // Inverse; low null with lo_bits > 0: the middle of the high plane's interval. y [rows, cols] float32; streamed: written
-  // past the caches where its alignment allows it.
+  // Inverse; low null with lo_bits > 0: the middle of the high plane's interval. y [rows, cols] float32; streamed:
+  // written past the caches where its alignment allows it.
   void (*dequantize)(const uint8_t* high, const uint8_t* low, const uint16_t* scale, const uint16_t* zero, int64_t rows,
                      int64_t cols, int hi_bits, int lo_bits, bool per_channel, bool streamed, float* y);
 
-  // Adds blocks ids[0, count) of every KV head to the heads' partials. q [G, R, padded(D)] with the softmax scale folded
-  // in and zeros behind D; partial of head h starts at row h * R. key_positions [count, B] and query_positions [R] may be
-  // null; where given, a row sees keys at its own position or before.
+  // Adds blocks ids[0, count) of every KV head to the heads' partials. q [G, R, padded(D)] with the softmax scale
+  // folded in and zeros behind D; partial of head h starts at row h * R. key_positions [count, B] and query_positions
+  // [R] may be null; where given, a row sees keys at its own position or before.
   void (*attend_blocks)(const float* q, int64_t rows, const Keys& keys, const Values& values, const int64_t* ids,
                         int64_t count, const int64_t* key_positions, const int64_t* query_positions, Partial partial);
 
@@ -74,20 +75,20 @@ struct CpuKernels {
   void (*attend_raw)(const float* q, int64_t rows, const Keys& keys, const Values& values, const int64_t* key_positions,
                      const int64_t* query_positions, Partial partial);
 
-  // Adds tokens of blocks ids[0, blocks) of one KV head to its partial, the highest ranks first, until no row misses more
-  // than epsilon of its softmax. An unread token's logit is slope * coarse [R, blocks, B] + extra [R, blocks]; raw_lse [R]
-  // of what is read anyway. read [blocks, B] says which were read; returns how many.
+  // Adds tokens of blocks ids[0, blocks) of one KV head to its partial, the highest ranks first, until no row misses
+  // more than epsilon of its softmax. An unread token's logit is slope * coarse [R, blocks, B] + extra [R, blocks];
+  // raw_lse [R] of what is read anyway. read [blocks, B] says which were read; returns how many.
   int64_t (*attend_mass)(const float* q, int64_t rows, const Keys& keys, const Values& values, const int64_t* ids,
-                         int64_t blocks, int64_t head, const float* coarse, float slope, const float* extra, const float* raw_lse,
-                         double epsilon, bool* read, Partial partial);
+                         int64_t blocks, int64_t head, const float* coarse, float slope, const float* extra,
+                         const float* raw_lse, double epsilon, bool* read, Partial partial);
 
-  // Logits of blocks ids[0, count) of one KV head from the high plane: coarse [R, count, B], radius and spread [R, count],
-  // rows `stride` blocks apart. q [R, padded(D)], softmax scale folded in.
+  // Logits of blocks ids[0, count) of one KV head from the high plane: coarse [R, count, B], radius and spread [R,
+  // count], rows `stride` blocks apart. q [R, padded(D)], softmax scale folded in.
   void (*score_tokens)(const float* q, int64_t rows, const Keys& keys, const int64_t* ids, int64_t count, int64_t head,
                        float* coarse, float* radius, float* spread, int64_t stride);
 
-  // What bounds say of blocks ids[0, count) of one KV head: bound, centre, spread [R, count], rows `stride` blocks apart. q
-  // as above.
+  // What bounds say of blocks ids[0, count) of one KV head: bound, centre, spread [R, count], rows `stride` blocks
+  // apart. q as above.
   void (*score_blocks)(const float* q, int64_t rows, const Keys& keys, const int64_t* ids, int64_t count, int64_t head,
                        float* bound, float* centre, float* spread, int64_t stride);
 
@@ -95,7 +96,8 @@ struct CpuKernels {
   void (*key_logits)(const float* q, int64_t rows, const Keys& keys, const int64_t* ids, int64_t count, int64_t head,
                      float* logits, int64_t stride);
 
-  // Attention that tokens of blocks ids[0, count) receive from all heads' rows: importance [count, B]. q [G, R, padded(D)].
+  // Attention that tokens of blocks ids[0, count) receive from all heads' rows: importance [count, B]. q [G, R,
+  // padded(D)].
   void (*token_importance)(const float* q, int64_t rows, const float* lse, const Keys& keys, const int64_t* ids,
                            int64_t count, float* importance);
 
@@ -104,22 +106,25 @@ struct CpuKernels {
   void (*window_importance)(const float* q, int64_t rows, const float* lse, const Keys& keys, int64_t query_tokens,
                             float* importance);
 
-  // A token's share of the softmax, summed over rows: coarse [R, tokens], rows `stride` apart; raw_lse [R]; rank [tokens].
-  void (*rank_tokens)(const float* coarse, int64_t rows, int64_t tokens, int64_t stride, const float* raw_lse, float* rank);
+  // A token's share of the softmax, summed over rows: coarse [R, tokens], rows `stride` apart; raw_lse [R]; rank
+  // [tokens].
+  void (*rank_tokens)(const float* coarse, int64_t rows, int64_t tokens, int64_t stride, const float* raw_lse,
+                      float* rank);
 
   // Where the `best` largest of `count` scores are, ascending; of equals the first.
   void (*select_topk)(const float* scores, int64_t count, int64_t best, int64_t* indices);
 
   // Log-sum-exp over the tokens [blocks, tokens] of one row that are not read, of slope * coarse plus the block's
   // spread, and of coarse plus its radius.
-  void (*unread_mass)(const float* coarse, float slope, const float* spread, const float* radius, const bool* read, int64_t blocks,
-                      int64_t tokens, float* by_spread, float* by_radius);
+  void (*unread_mass)(const float* coarse, float slope, const float* spread, const float* radius, const bool* read,
+                      int64_t blocks, int64_t tokens, float* by_spread, float* by_radius);
 };
 
 const CpuKernels* scalar_kernels();
 const CpuKernels* avx2_kernels();    // null where the compiler could not build them
 const CpuKernels* avx512_kernels();  // likewise
-// The set of that name (scalar, avx2, avx512), for a null name the widest that this processor has; null where there is none.
+// The set of that name (scalar, avx2, avx512), for a null name the widest that this processor has; null where there is
+// none.
 const CpuKernels* choose_kernels(const char* name);
 
 }  // namespace pikv
