@@ -54,6 +54,13 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[ModelC
     return load(mapping)
 
 
+def set_threads(threads: int) -> None:
+    """torch's threads, as --threads says. Raises ValueError below 1."""
+    if threads < 1:
+        raise ValueError(f"--threads: expected at least 1, got {threads}")
+    torch.set_num_threads(threads)
+
+
 def megatron_model(path: str | Path, model: ModelConfig | None, threads: int) -> nn.Module:
     """Loads a Mixtral checkpoint into a stock Megatron-core model on this machine's device.
 
@@ -61,9 +68,7 @@ def megatron_model(path: str | Path, model: ModelConfig | None, threads: int) ->
         ImportError: Megatron-core is not installed.
         ConfigError: `model` describes another model.
     """
-    if threads < 1:
-        raise ValueError(f"--threads: expected at least 1, got {threads}")
-    torch.set_num_threads(threads)
+    set_threads(threads)
     warnings.filterwarnings("ignore", module=r"megatron\.")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     if not torch.cuda.is_available():

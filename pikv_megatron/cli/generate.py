@@ -1,4 +1,4 @@
-"""Continue a prompt with a Megatron-core model through PiKV, streaming the text.
+"""Continue a prompt with a model on Megatron-core, DeepSpeed or Hugging Face through PiKV, streaming the text.
 
 The text goes to stdout; the progress bar and the closing figures go to stderr.
 """
@@ -6,22 +6,21 @@ The text goes to stdout; the progress bar and the closing figures go to stderr.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from tqdm import tqdm
 
-from pikv_megatron.cli.common import SMALL_MOE, SMALL_MOE_CONFIG, bundled, megatron_model, read_config
+from pikv_megatron.cli.common import SMALL_MOE, SMALL_MOE_CONFIG, bundled, read_config
+from pikv_megatron.cli.hosts import HOSTS, Request, Session
 from pikv_megatron.config import dump
-
-if TYPE_CHECKING:
-    from pikv_megatron.integrations.megatron_session import Session
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override a key of the config"
     )
+    parser.add_argument("--host", choices=HOSTS, default="megatron", help="what runs the model; default: megatron")
     parser.add_argument(
-        "--model", default=str(SMALL_MOE), help="directory of a Mixtral checkpoint; default: the small MoE"
+        "--model",
+        default=str(SMALL_MOE),
+        help="directory of a checkpoint (for megatron: Mixtral's); default: the small MoE",
     )
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt-file", help="file with the prompt, - for stdin")
@@ -43,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--seed", type=int, default=0, help="for sampling")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--compare", action="store_true", help="feed the same tokens to Megatron's own cache too")
+    parser.add_argument("--compare", action="store_true", help="feed the same tokens to the host's own cache too")
     parser.add_argument("--run-dir", help="write the resolved config, the text and the figures there")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no figures")
 
@@ -66,19 +68,18 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"prompt: {len(tokens)} tokens and {args.max_new_tokens} new ones exceed max_tokens {runtime.max_tokens}"
         )
-    model = megatron_model(args.model, model_cfg, args.threads)
-
-    from pikv_megatron.integrations import megatron
-    from pikv_megatron.integrations.megatron_session import Session
-
-    attached = megatron.attach(model, runtime)
-    context = attached.static_context(1, total)
-    ours = _Timed(Session(model, context))
-    stock = _Timed(Session.on_stock_cache(model, 1, total)) if args.compare else None
+    request = Request(args.model, model_cfg, runtime, total, args.threads, args.compare)
+    opened = HOSTS[args.host](request)
+    speaks = not distributed.is_initialized() or distributed.get_rank() == 0  # all ranks make the same text
+    if not speaks:
+        args.quiet, args.run_dir = True, None
+    cache = opened.cache
+    ours = _Timed(opened.ours)
+    stock = None if opened.stock is None else _Timed(opened.stock)
 
     ends = set() if args.ignore_eos else _end_tokens(Path(args.model))
-    text, made, worst = _stream(args, tokenizer, tokens, ends, ours, stock)
-    cache = context.cache
+    with contextlib.nullcontext() if speaks else contextlib.redirect_stdout(None):
+        text, made, worst = _stream(args, tokenizer, tokens, ends, ours, stock)
     figures: dict[str, Any] = {
         "prompt_tokens": len(tokens),
         "new_tokens": made,
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         _report(figures)
     if args.run_dir:
         folder = Path(args.run_dir)
-        (folder / "config.yaml").write_text(dump(attached.model_cfg, runtime), encoding="utf-8")
+        (folder / "config.yaml").write_text(dump(cache.model, runtime), encoding="utf-8")
         (folder / "text.txt").write_text(text, encoding="utf-8")
         (folder / "figures.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     return 0
@@ -141,13 +142,11 @@ class _Timed:
         self.steps = 0
 
     def prefill(self, tokens: list[int], chunk: int, quiet: bool, title: str) -> Tensor:
-        from pikv_megatron.integrations.megatron_session import on_layer_done
-
         pieces = [tokens[i : i + chunk] for i in range(0, len(tokens), chunk)]
         began = time.perf_counter()
         with (
             tqdm(desc=title, unit="layer", disable=True if quiet else None, leave=False) as bar,
-            on_layer_done(self.session.model, bar.update) as layers,
+            self.session.on_layer_done(bar.update) as layers,
         ):
             bar.total = len(pieces) * layers
             for piece in pieces:

@@ -70,18 +70,17 @@ class Session:
         pairs = self.context.key_value_memory_dict.values()
         return sum(tensor.untyped_storage().nbytes() for pair in pairs for tensor in pair)
 
+    @contextmanager
+    def on_layer_done(self, callback: Callable[[], object]) -> Iterator[int]:
+        """Calls `callback` after each layer of a forward pass, for progress bars; yields how many there are."""
 
-@contextmanager
-def on_layer_done(model: nn.Module, callback: Callable[[], object]) -> Iterator[int]:
-    """Calls `callback` after each transformer layer of a forward pass, for progress bars; yields how many there are."""
+        def done(module: nn.Module, args: object, output: object) -> None:
+            callback()
 
-    def done(module: nn.Module, args: object, output: object) -> None:
-        callback()
-
-    layers = [module for module in model.modules() if isinstance(module, TransformerLayer)]
-    handles = [layer.register_forward_hook(done) for layer in layers]
-    try:
-        yield len(layers)
-    finally:
-        for handle in handles:
-            handle.remove()
+        layers = [module for module in self.model.modules() if isinstance(module, TransformerLayer)]
+        handles = [layer.register_forward_hook(done) for layer in layers]
+        try:
+            yield len(layers)
+        finally:
+            for handle in handles:
+                handle.remove()
