@@ -51,6 +51,23 @@ def test_it_says_what_runs(report):
     assert "broken" not in text
 
 
+def test_hosts_are_what_is_installed(report, monkeypatch):
+    versions = {"deepspeed": "0.19.8", "transformers": "5.23.0"}
+    monkeypatch.setattr(doctor, "_version", versions.get)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    _, text = report()
+    hosts = text.split("hosts\n")[1].split("processor\n")[0]
+    assert _line(hosts, "--host megatron") == "needs megatron-core"
+    assert "AutoEP" in _line(hosts, "--host deepspeed") and "generate()" in _line(hosts, "--host hf")
+    assert _line(hosts, "accelerator") == "DS_ACCELERATOR=cpu"
+    del versions["transformers"]
+    hosts = report()[1].split("hosts\n")[1].split("processor\n")[0]
+    assert _line(hosts, "--host deepspeed") == "needs transformers" == _line(hosts, "--host hf")
+    versions.clear()
+    hosts = report()[1].split("hosts\n")[1].split("processor\n")[0]
+    assert _line(hosts, "--host deepspeed") == "needs deepspeed and transformers" and "accelerator" not in hosts
+
+
 def test_no_host_is_imported():
     script = (
         "import json, sys\nfrom pikv_megatron.cli import main\nstatus = main(['doctor'])\n"

@@ -28,6 +28,15 @@ from pikv_megatron.ops import reference
 PACKAGE = Path(__file__).resolve().parents[1]
 TESTED = {"megatron-core": "0.19", "transformers": "5", "deepspeed": "0.19", "mpi4py": "4"}
 """Hosts and the versions that the tests run with, as the extras of pyproject.toml have them."""
+HOSTS = {
+    "megatron": (("megatron-core",), "static and dynamic contexts, both engines, experts over ranks"),
+    "hf": (("transformers",), "generate() and forwards with a PiKVHFCache"),
+    "deepspeed": (
+        ("deepspeed", "transformers"),
+        "init_inference on one rank or by AutoTP, initialize with AutoEP, hooks on deepspeed.moe",
+    ),
+}
+"""What `pikv generate --host` takes: what it needs, and what PiKV does on it."""
 FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16")
 LAUNCHERS = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
@@ -51,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     problems: list[Problem] = []
     sections = {
         "versions": _versions(problems),
+        "hosts": _hosts(),
         "processor": _processor(problems),
         "ops": _ops(problems),
         "CUDA": _cuda(problems),
@@ -81,6 +91,21 @@ def _versions(problems: list[Problem]) -> Facts:
             remedy = f"install {host} {tested}.x; CONTRIBUTING.md, 'Setting up', says how"
             problems.append(Problem(f"{host} {version} is not a version that the tests run with", remedy, False))
     facts["apex"] = _apex(problems)
+    return facts
+
+
+def _hosts() -> Facts:
+    """What each host of `pikv generate --host` serves here, by what is installed."""
+    facts = {}
+    for host, (needs, serves) in HOSTS.items():
+        missing = [name for name in needs if _version(name) is None]
+        facts[f"--host {host}"] = f"needs {' and '.join(missing)}" if missing else serves
+    if _version("deepspeed"):
+        chosen = os.environ.get("DS_ACCELERATOR")
+        facts["accelerator"] = (
+            f"DS_ACCELERATOR={chosen}" if chosen else "DeepSpeed's choice; DS_ACCELERATOR overrides it"
+        )
+        facts["all-reduce"] = "by gloo or nccl: DeepSpeed's shared-memory op is left out (docs/deepspeed.md)"
     return facts
 
 
