@@ -363,7 +363,7 @@ def load(source: Mapping[str, Any] | str | Path) -> tuple[ModelConfig | None, Ru
 def load_deepspeed(
     config: Mapping[str, Any] | str | Path,
 ) -> tuple[dict[str, Any], ModelConfig | None, RuntimeConfig]:
-    """Reads a DeepSpeed config (dict or JSON file) whose `"pikv"` block has the sections of a YAML file.
+    """Reads a DeepSpeed config (dict or JSON file) whose `"pikv"` block has the sections of a YAML file, or names one.
 
     Returns:
         What is DeepSpeed's, the block taken out; the model's config (None where the section is missing); the runtime's.
@@ -374,7 +374,8 @@ def load_deepspeed(
     rest = dict(config) if isinstance(config, Mapping) else json.loads(Path(config).read_text(encoding="utf-8"))
     if "pikv" not in rest:
         raise ConfigError(f"pikv: expected this block in the DeepSpeed config, got the keys {sorted(rest)}")
-    file = from_mapping(_File, rest.pop("pikv"), "pikv")
+    block = rest.pop("pikv")
+    file = from_mapping(_File, read_yaml(block) if isinstance(block, str) else block, "pikv")
     return rest, file.model, file.runtime
 
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from pikv_megatron import ConfigError, ModelConfig, PiKVCache, RuntimeConfig
-from pikv_megatron.config import dump, load, resolve
+from pikv_megatron.config import dump, load, load_deepspeed, resolve
 from pikv_megatron.config_sections import (
     AttentionConfig,
     BudgetConfig,
@@ -307,6 +307,11 @@ def test_deepspeed_json_holds_the_same_sections(tmp_path):
     path.write_text(json.dumps(whole))
     expected = load(block)[1]
     assert RuntimeConfig.from_deepspeed(whole) == RuntimeConfig.from_deepspeed(path) == expected
+    yaml_path = tmp_path / "pikv.yaml"
+    yaml_path.write_text(json.dumps(block))
+    for given in (whole, path, {"train_batch_size": 1, "pikv": str(yaml_path)}):
+        assert load_deepspeed(given) == ({"train_batch_size": 1}, *load(block))
+    assert "pikv" in whole  # the caller's own is left as it is
     with pytest.raises(ConfigError, match=r"^pikv: expected this block .*train_batch_size"):
         RuntimeConfig.from_deepspeed({"train_batch_size": 1})
     with pytest.raises(ConfigError, match=r"^pikv\.runtime\.windo: unknown key; did you mean 'window'"):

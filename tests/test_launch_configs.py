@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pikv_megatron.config import ModelConfig, dump, load
+from pikv_megatron.config import ModelConfig, RuntimeConfig, dump, load, load_deepspeed
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "launch" / "configs"
@@ -76,3 +76,18 @@ def test_whole_file(name):
     resolved = yaml.safe_load(dump(*load(path)))
     written["model"]["v_head_dim"] = resolved["model"]["v_head_dim"]  # null resolves to head_dim
     assert written == resolved
+
+
+def test_deepspeed_samples(monkeypatch):
+    """Each loads strictly; the ones that name a YAML file mean it."""
+    monkeypatch.chdir(ROOT)
+    found = {path.stem: load_deepspeed(path) for path in sorted((ROOT / "launch" / "ds").glob("*.json"))}
+    assert list(found) == ["mixtral_8x7b_autotp", "qwen3_30b_a3b_autoep", "small_moe"]
+    for name in ("mixtral_8x7b", "qwen3_30b_a3b"):
+        (rest, *sections) = next(value for key, value in found.items() if key.startswith(name))
+        assert tuple(sections) == load(CONFIGS / f"{name}.yaml")
+        assert rest.get("tensor_parallel") or rest["expert_parallel"]["enabled"]
+    assert found["small_moe"][1:] == (
+        None,
+        RuntimeConfig.from_dict({"max_tokens": 4096, "codec": {"keys": "int8", "values": "int8"}}),
+    )

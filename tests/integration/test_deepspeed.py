@@ -7,6 +7,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +125,16 @@ def test_initialize_with_autoep_on_one_rank():
     assert torch.equal(generate(engine, ids, mask)[0], tokens)
     with pytest.raises(RuntimeError, match=r"AutoEP of DeepSpeed .* found no experts .* GraniteMoeForCausalLM"):
         host.initialize(make("GraniteMoe"), config)
+
+
+def test_the_readmes_example_runs():
+    root = Path(__file__).parents[2]
+    blocks = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.S)
+    (script,) = (block for block in blocks if "deepspeed.init_inference" in block)
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    last = [line for line in done.stdout.splitlines() if not line.startswith("[")]  # without DeepSpeed's log
+    assert re.fullmatch(r"47\n\d+ bytes of KV", "\n".join(last))
 
 
 # ---- versions that are not known
