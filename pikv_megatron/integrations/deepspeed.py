@@ -69,7 +69,7 @@ def init_inference(model: nn.Module, config: DeepSpeedConfig, **kwargs: Any) -> 
     if tp_size not in (1, ranks):
         raise ValueError(f"tensor_parallel.tp_size: expected 1 or the number of ranks, {ranks}, got {tp_size}")
     if tp_size > 1:
-        _check_autotp(host.config.model_type, whole, tp_size)
+        _check_autotp(host.config.get_text_config(decoder=True), tp_size)
     engine = deepspeed.init_inference(model, config=own, **kwargs)
     _serve(engine, engine.generate, runtime)
     return engine
@@ -121,16 +121,15 @@ def _check_given(given: ModelConfig | None, whole: ModelConfig, dtype: Any) -> N
         check_same_model(given, dataclasses.replace(whole, dtype=dtype), "pikv.model")
 
 
-def _check_autotp(model_type: str, whole: ModelConfig, tp_size: int) -> None:
-    if model_type in NOT_BY_AUTOTP:
+def _check_autotp(config: Any, tp_size: int) -> None:
+    if config.model_type in NOT_BY_AUTOTP:
         raise NotImplementedError(
-            f"tensor_parallel.tp_size: AutoTP of DeepSpeed {deepspeed.__version__} {NOT_BY_AUTOTP[model_type]} in "
-            f"{model_type}; expected 1"
+            f"tensor_parallel.tp_size: AutoTP of DeepSpeed {deepspeed.__version__} {NOT_BY_AUTOTP[config.model_type]} "
+            f"in {config.model_type}; expected 1"
         )
-    if whole.num_query_groups % tp_size:
-        raise ValueError(
-            f"tensor_parallel.tp_size: expected a divisor of the {whole.num_query_groups} KV heads, got {tp_size}"
-        )
+    heads = config.num_key_value_heads or config.num_attention_heads
+    if heads % tp_size:
+        raise ValueError(f"tensor_parallel.tp_size: expected a divisor of the {heads} KV heads, got {tp_size}")
 
 
 def _serve(engine: Any, generate: Callable[..., Any], runtime: RuntimeConfig, synced_gpus: bool = False) -> None:

@@ -14,12 +14,23 @@ RUNTIME = {"window": 8, "sinks": 2, "block_size": 8, "max_tokens": 1024}
 INT8 = {**RUNTIME, "codec": {"keys": "int8", "values": "int8"}}
 BY_AUTOTP = ("Mixtral", "Qwen3Moe", "DeepseekV2", "DeepseekV3", "GraniteMoe")
 NOT_BY_AUTOTP = ("Olmoe", "Phimoe")
-BY_AUTOEP = ("Mixtral", "Qwen3Moe")
+BY_AUTOEP = ("Mixtral", "Qwen3Moe", "DeepseekV2", "DeepseekV3")
 NEW = 64
 
 
-def generate(by: Any, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens, and the logits of each step [new, rows, vocabulary]."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "left padding": {},
+    "no padding": {"padded": False},
+    "sampling": {"do_sample": True, "top_k": 20, "temperature": 1.5},
+}
+
+
+def generate(
+    by: Any, ids: torch.Tensor, mask: torch.Tensor, padded: bool = True, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, and the logits of each step [new, rows, vocabulary]; sampling is seeded."""
+    torch.manual_seed(11)
+    mask = mask if padded else torch.ones_like(mask)
     options = {"max_new_tokens": NEW, "do_sample": False, "output_logits": True, **options}
     out = by.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)
     return out.sequences, torch.stack(out.logits)
@@ -37,27 +48,38 @@ def labels(cache: Any) -> list[tuple[int, int, int, int]]:
     return sorted(found)
 
 
-def compare(engine: Any, family: str, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> dict[str, Any]:
+def compare(engine: Any, family: str, ids: torch.Tensor, mask: torch.Tensor, new: int = NEW) -> dict[str, Any]:
     """An engine's answers beside those of transformers' own cache; its labels beside PiKV's without DeepSpeed."""
     from pikv_megatron.integrations.huggingface import PiKVHFCache
 
-    stock = make(family)
-    tokens, logits = generate(stock, ids, mask, past_key_values=DynamicCache(config=stock.config), **options)
-    ours, our_logits = generate(engine, ids, mask, **options)
+    stock, report = make(family), {}
+    stocks = {
+        variant: generate(
+            stock, ids, mask, max_new_tokens=new, past_key_values=DynamicCache(config=stock.config), **options
+        )
+        for variant, options in VARIANTS.items()
+    }
+    for variant, options in reversed(VARIANTS.items()):
+        tokens, logits = generate(engine, ids, mask, max_new_tokens=new, **options)
+        same = torch.equal(tokens, stocks[variant][0])
+        report[variant] = {"same": same, "worst": (logits - stocks[variant][1]).abs().max().item()}
     cache = engine.pikv_cache.cache
-    alone = PiKVHFCache(stock, cache.runtime)
-    _, logits_alone = generate(stock, ids, mask, past_key_values=alone, **options)
-    made = labels(cache)
-    return {
-        "same tokens": torch.equal(ours, tokens),
-        "worst": (our_logits - logits).abs().max().item(),
-        "worst beside PiKV alone": (our_logits - logits_alone).abs().max().item(),
-        "groups": [cache.model.num_query_groups, alone.cache.model.num_query_groups],
+    made, model = labels(cache), cache.model
+    alone, alone_int8 = (PiKVHFCache(stock, runtime) for runtime in (RUNTIME, INT8))  # the stock model is PiKV's now
+    generate(stock, ids, mask, max_new_tokens=new, past_key_values=alone)
+    int8 = [
+        generate(by, ids, mask, max_new_tokens=16, past_key_values=given)[1]
+        for by, given in ((stock, alone_int8), (engine, PiKVHFCache(engine, INT8)))
+    ]
+    return report | {
+        "int8 beside PiKV alone": (int8[0] - int8[1]).abs().max().item(),
+        "int8 beside exact": (int8[1] - stocks["left padding"][1][:16]).abs().max().item(),
+        "groups": [model.num_query_groups, alone.cache.model.num_query_groups],
         "bytes": [c.stats()["tiers"]["device"]["bytes_held"] for c in (cache, alone.cache)],
         "same labels": set(made) >= set(labels(alone.cache)),  # more where a rank went on while others were not done
         "blocks": len(made),
         "experts": len({expert for *_, expert in made}),
-        "tokens": ours.tolist(),
+        "tokens": tokens.tolist(),
     }
 
 
@@ -71,10 +93,6 @@ def tensor_parallel(ranks: int) -> dict[str, Any]:
     for family in BY_AUTOTP:
         engine = host.init_inference(make(family), {**base, "pikv": {"runtime": RUNTIME}})
         report[family] = compare(engine, family, ids, mask)
-    engine = host.init_inference(make("Mixtral"), {**base, "pikv": {"runtime": INT8}})
-    report["Mixtral INT8"] = compare(engine, "Mixtral", ids, mask, max_new_tokens=16)
-    torch.manual_seed(5)
-    report["sampled"] = generate(engine, ids, mask, do_sample=True)[0].tolist()
     for family in NOT_BY_AUTOTP:
         model = make(family)
         try:
@@ -101,7 +119,7 @@ def expert_parallel(ranks: int, rank: int) -> dict[str, Any]:
     report: dict[str, Any] = {}
     for family in BY_AUTOEP:
         engine, *_ = host.initialize(make(family), {**base, "pikv": {"runtime": RUNTIME}})
-        report[family] = compare(engine, family, ids, mask, max_new_tokens=NEW - 24 * rank)
+        report[family] = compare(engine, family, ids, mask, NEW - 24 * rank)
         layers = host.autoep_layers(engine)
         report[family]["local experts"] = [layer.num_local_experts for layer in layers]
     report["registry restored"] = type(registry) is kind and entries.items() <= dict(registry).items()

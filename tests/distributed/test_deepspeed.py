@@ -67,8 +67,11 @@ def test_moe_trains_alike_with_hooks_and_without(ranks):
 
 
 def check_generation(seen):
-    assert seen["same tokens"] and seen["worst"] <= 1e-4
+    for variant in ("left padding", "no padding", "sampling"):
+        assert seen[variant]["same"] and seen[variant]["worst"] <= 1e-4, variant
     assert seen["same labels"] and seen["blocks"] > 50 and seen["experts"] > 4
+    assert seen["int8 beside PiKV alone"] <= 0.05  # a code may round the other way
+    assert seen["int8 beside exact"] > 1e-3
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "DeepseekV2", "DeepseekV3", "GraniteMoe"])
@@ -76,21 +79,12 @@ def test_autotp_generates_what_one_rank_does_with_half_the_cache_each(ranks, fam
     for report in ranks:
         seen = report["tensor parallel"][family]
         check_generation(seen)
-        mine, all_groups = seen["groups"]
-        assert 2 * mine == all_groups
+        mine, alone = seen["groups"]
+        assert 2 * mine == alone or alone == 1  # one latent head is every rank's
         held, held_alone = seen["bytes"]
-        assert held <= 0.51 * held_alone
+        assert held <= (0.51 if alone > 1 else 1) * held_alone
     both = [report["tensor parallel"] for report in ranks]
     assert both[0][family]["tokens"] == both[1][family]["tokens"]
-
-
-def test_autotp_compressed_and_sampled(ranks):
-    both = [report["tensor parallel"] for report in ranks]
-    for report in both:
-        seen = report["Mixtral INT8"]
-        assert 1e-3 < seen["worst"] <= 0.5
-        assert seen["worst beside PiKV alone"] <= 0.05  # a code may round the other way
-    assert both[0]["sampled"] == both[1]["sampled"]
 
 
 def test_autotp_refuses_by_name_what_it_would_get_wrong(ranks):
@@ -101,7 +95,7 @@ def test_autotp_refuses_by_name_what_it_would_get_wrong(ranks):
         assert seen["one KV head"] == "tensor_parallel.tp_size: expected a divisor of the 1 KV heads, got 2"
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "DeepseekV2", "DeepseekV3"])
 def test_autoep_generates_what_one_rank_does_though_ranks_end_at_different_steps(ranks, family):
     for report in ranks:
         seen = report["expert parallel"][family]

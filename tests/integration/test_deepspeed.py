@@ -31,7 +31,17 @@ MOE = [family for family in FAMILIES if family not in ("Llama", "Qwen3")]
 TRAINING = {"train_micro_batch_size_per_gpu": 1}
 
 
-def generate(by, ids, mask, **options):
+VARIANTS = {
+    "left padding": {},
+    "no padding": {"padded": False},
+    "sampling": {"do_sample": True, "top_k": 20, "temperature": 1.5},
+}
+
+
+def generate(by, ids, mask, padded=True, **options):
+    """Tokens, and the logits of each step [new, rows, vocabulary]; sampling is seeded."""
+    torch.manual_seed(11)
+    mask = mask if padded else torch.ones_like(mask)
     options = {"max_new_tokens": 64, "do_sample": False, "output_logits": True, **options}
     out = by.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)
     return out.sequences, torch.stack(out.logits)
@@ -41,15 +51,17 @@ def generate(by, ids, mask, **options):
 def test_init_inference_generates_what_transformers_does(family):
     ids, mask = prompts()
     stock = make(family)
-    tokens, logits = generate(stock, ids, mask, past_key_values=DynamicCache(config=stock.config))
     engine = host.init_inference(make(family), {"dtype": "fp32", "pikv": {"runtime": RUNTIME}})
-    ours, our_logits = generate(engine, ids, mask)
-    assert torch.equal(ours, tokens)
-    torch.testing.assert_close(our_logits, logits, rtol=0, atol=1e-4)
-    first = engine.pikv_cache
-    assert first.cache.stats()["tiers"]["device"]["blocks_used"] > 50
-    generate(engine, ids, mask, max_new_tokens=2)
-    assert engine.pikv_cache is not first  # one per call
+    seen = []
+    for options in VARIANTS.values():
+        theirs = DynamicCache(config=stock.config)
+        tokens, logits = generate(stock, ids, mask, past_key_values=theirs, **options)
+        ours, our_logits = generate(engine, ids, mask, **options)
+        assert torch.equal(ours, tokens)
+        torch.testing.assert_close(our_logits, logits, rtol=0, atol=1e-4)
+        seen.append(engine.pikv_cache)
+        assert seen[-1].cache.stats()["tiers"]["device"]["blocks_used"] > 50
+    assert len(set(map(id, seen))) == len(VARIANTS)  # one cache per call
 
 
 def test_a_cache_of_the_users_own_is_taken():
