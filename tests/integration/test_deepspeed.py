@@ -19,6 +19,7 @@ pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 from hf_models import FAMILIES, make, prompts
 from transformers import DynamicCache
 
+from pikv_megatron import PiKVCache
 from pikv_megatron.config import ModelConfig
 from pikv_megatron.config_io import ConfigError
 from pikv_megatron.integrations import deepspeed as host
@@ -259,6 +260,33 @@ def test_routes_are_those_of_the_gate(k):
     assert torch.equal(expert_ids.gather(1, order), ids.gather(1, right))
     best = best / best.sum(-1, keepdim=True) if k > 1 else best
     torch.testing.assert_close(weights.gather(1, order), best.gather(1, right))
+
+
+def test_routes_label_a_cache():
+    """What docs/deepspeed.md shows: the listener of a model whose attention is on a PiKVCache."""
+    model = {"num_layers": 1, "num_attention_heads": 2, "num_query_groups": 1, "head_dim": 8, "num_experts": EXPERTS}
+    cache = PiKVCache(ModelConfig(**model, topk=2), RUNTIME)
+    layer = moe_layer(k=2, drop_tokens=False)
+
+    class Labels(Listener):
+        def routed(self, layer_id, expert_ids, weights):
+            cache.observe_routing(layer_id, expert_ids, weights)
+
+    x = torch.randn(1, 42, HIDDEN)
+    with host.hook_moe(layer, Labels()):
+        cache.append(0, *torch.randn(2, 42, 1, 8))
+        layer(x)
+    best, ids = (x[0] @ layer.deepspeed_moe.gate.wg.weight.T).softmax(-1).topk(2, -1)
+    votes = torch.zeros(42, EXPERTS).scatter_(1, ids, best / best.sum(-1, keepdim=True))
+    expected = votes[2:34].unflatten(0, (4, 8)).sum(1).argmax(-1).tolist()  # four blocks between sinks and window
+    found = {
+        int(start): expert
+        for expert in range(EXPERTS)
+        for shard in [cache.expert_shard(0, expert)]
+        for request_id in shard.requests()
+        for start in shard.retrieve(request_id)[2][::8]
+    }
+    assert [found[start] for start in sorted(found)] == expected and len(set(expected)) > 1
 
 
 def test_dropped_routes_weigh_nothing():
