@@ -28,7 +28,7 @@ from pikv_megatron.integrations.huggingface import PiKVHFCache, is_attached
 
 RUNTIME = {"window": 8, "sinks": 2, "block_size": 8, "max_tokens": 1024}
 INT8 = {**RUNTIME, "codec": {"keys": "int8", "values": "int8"}}
-MOE = [family for family in FAMILIES if family not in ("Llama", "Qwen3")]
+MOE = [family for family, config in FAMILIES.items() if any("experts" in key for key in config)]
 TRAINING = {"train_micro_batch_size_per_gpu": 1}
 
 
@@ -61,7 +61,7 @@ def test_init_inference_generates_what_transformers_does(family):
         assert torch.equal(ours, tokens)
         torch.testing.assert_close(our_logits, logits, rtol=0, atol=1e-4)
         seen.append(engine.pikv_cache)
-        assert seen[-1].cache.stats()["tiers"]["device"]["blocks_used"] > 50
+        assert seen[-1].cache.stats()["tiers"]["device"]["blocks_used"] > 20
     assert len(set(map(id, seen))) == len(VARIANTS)  # one cache per call
 
 
