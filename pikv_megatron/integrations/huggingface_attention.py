@@ -13,6 +13,9 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from pikv_megatron.integrations.huggingface_current import NAME, Routed, current
 
+REFUSED = ("softcap", "position_bias", "sinks", "indices", "block_indices", "output_attentions")
+"""Arguments of attention functions that change what is computed, or ask for its weights."""
+
 
 def pikv_attention(
     module: nn.Module,
@@ -20,9 +23,9 @@ def pikv_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    dropout: float = 0.0,
     scaling: float | None = None,
     s_aux: Tensor | None = None,
-    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Stores the new tokens of a layer in the cache that `update` was called on, and attends.
@@ -50,15 +53,18 @@ def pikv_attention(
     cache.start(layer_id)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         raise RuntimeError("past_key_values: no gradient flows through PiKV; run the model under torch.no_grad()")
-    if softcap is not None or kwargs.get("output_attentions"):
-        what = "output_attentions" if softcap is None else "softcap"
-        raise NotImplementedError(f"{what}: PiKV computes plain softmax attention and keeps no weights")
+    if dropout:
+        raise NotImplementedError(f"dropout: layer {layer_id} has {dropout}; PiKV does not train, call model.eval()")
+    for name in REFUSED:
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise NotImplementedError(f"{name}: layer {layer_id} asks for it; PiKV computes plain softmax attention")
     if scaling is not None and abs(scaling - cache.cache.model.scale) > 1e-6 * scaling:
         raise NotImplementedError(
             f"scaling: layer {layer_id} has {scaling}, the cache was made for {cache.cache.model.scale}"
         )
     step = cache.plan(layer_id, query.shape[0], query.shape[2], attention_mask)
-    out, lse = cache.attend(layer_id, step, query, key, value)
+    cache.store(layer_id, step, key, value)
+    out, lse = cache.attend(layer_id, step, query)
     if s_aux is not None:
         out = out * torch.sigmoid(lse - s_aux.float()).unsqueeze(-1).to(out.dtype)
     current.routed = Routed(cache, layer_id, step)

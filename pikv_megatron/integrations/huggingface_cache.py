@@ -7,7 +7,7 @@ which of its columns are real, per row. Who computes attention, and how a cache 
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from pikv_megatron.blocks import PoolFullError
 from pikv_megatron.cache import PiKVCache
 from pikv_megatron.config import RuntimeConfig, Source
 from pikv_megatron.integrations.huggingface_attach import attach, is_attached
 from pikv_megatron.integrations.huggingface_current import NAME, current
 from pikv_megatron.integrations.huggingface_model import find_model, model_config
+
+EARLY = "the last forward ended early or left out a layer; reset() the cache"
 
 
 @dataclass
@@ -67,8 +70,8 @@ class PiKVHFCache(Cache):
             self._config = source.get_text_config(decoder=True)
             self.cache = PiKVCache(model_config(source), runtime)
         super().__init__(layers=[_Layer(self, layer_id) for layer_id in range(self.cache.model.num_layers)])
-        self._new_ids = itertools.count()
         self._rows: list[int] = []
+        self._next_id = 0
         self._mask: Tensor | None = None
         self._lengths = [0] * len(self.layers)
         self._step: Step | None = None
@@ -97,12 +100,8 @@ class PiKVHFCache(Cache):
                 f"layer {self._awaiting}: its attention did not run through PiKV; attach(model) the model that this "
                 "cache is used with, and reset() the cache"
             )
-        expected = 0 if self._step is None else self._step.next_layer
-        if layer_idx != expected:
-            raise RuntimeError(
-                f"layer {layer_idx}: expected layer {expected} next; the last forward ended early or layers were "
-                "skipped, reset() the cache"
-            )
+        if layer_idx != (0 if self._step is None else self._step.next_layer):
+            raise RuntimeError(f"layer {layer_idx}: {EARLY}")
         self._awaiting = layer_idx
         current.writing = self
         return key_states, value_states
@@ -115,37 +114,49 @@ class PiKVHFCache(Cache):
 
     def plan(self, layer_id: int, batch: int, columns: int, mask: Tensor | None) -> Step:
         """The step that a layer is in; made at layer 0, where one that does not fit is refused whole."""
-        if self._step is None:
+        if layer_id == 0:
             self._step = self._plan(batch, columns, mask)
+        assert self._step is not None
         return self._step
 
-    def attend(self, layer_id: int, step: Step, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores a layer's real tokens and attends to all that it holds.
+    def store(self, layer_id: int, step: Step, key: Tensor, value: Tensor) -> None:
+        """Stores a layer's real tokens: key, value [batch, KV heads, columns, channels]."""
+        k, v = key.transpose(1, 2), value.transpose(1, 2)
+        step.next_layer = -1  # stays so if this fails half-way
+        if step.each:
+            self.cache.append_each(layer_id, k[:, 0], v[:, 0], self._rows)
+        else:
+            for row, request_id, at in self._real(step):
+                self.cache.append(layer_id, k[row, at], v[row, at], request_id)
+        self._lengths[layer_id] += step.columns
+        step.next_layer = layer_id + 1
+        if step.next_layer == len(self.layers):
+            self._step = None
 
-        Args:
-            query: [batch, heads, columns, head_dim]. key, value: the same of the KV heads.
+    def attend(self, layer_id: int, step: Step, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of a step's real tokens to all that a layer holds: query [batch, heads, columns, head_dim].
 
         Returns:
             out [batch, columns, heads, v_head_dim] and lse [batch, columns, heads], zeros at pads.
         """
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        q = query.transpose(1, 2)
         if step.each:
-            self.cache.append_each(layer_id, k[:, 0], v[:, 0], self._rows)
-            out, lse = (x.unsqueeze(1) for x in self.cache.attend_each(layer_id, q[:, 0], self._rows))
-        else:
-            out = q.new_zeros(*q.shape[:3], v.shape[3])
-            lse = q.new_zeros(q.shape[:3], dtype=torch.float32)
-            for row, (request_id, pick) in enumerate(zip(self._rows, step.picks, strict=True)):
-                if not step.count(row):
-                    continue
-                at = slice(None) if pick is None else pick
-                self.cache.append(layer_id, k[row, at], v[row, at], request_id)
-                out[row, at], lse[row, at] = self.cache.attend(layer_id, q[row, at], request_id)
-        self._lengths[layer_id] += step.columns
-        step.next_layer += 1
-        if step.next_layer == len(self.layers):
-            self._step = None
+            out, lse = self.cache.attend_each(layer_id, q[:, 0], self._rows)
+            return out.unsqueeze(1), lse.unsqueeze(1)
+        if len(self._rows) == 1 and step.picks[0] is None:
+            out, lse = self.cache.attend(layer_id, q[0], self._rows[0])
+            return out.unsqueeze(0), lse.unsqueeze(0)
+        out = q.new_zeros(*q.shape[:3], self.cache.model.value_dim)
+        lse = q.new_zeros(q.shape[:3], dtype=torch.float32)
+        for row, request_id, at in self._real(step):
+            out[row, at], lse[row, at] = self.cache.attend(layer_id, q[row, at], request_id)
         return out, lse
+
+    def _real(self, step: Step) -> Iterator[tuple[int, int, slice | Tensor]]:
+        """Row, its request and the columns of its real tokens, for every row that has some."""
+        for row, (request_id, pick) in enumerate(zip(self._rows, step.picks, strict=True)):
+            if step.count(row):
+                yield row, request_id, slice(None) if pick is None else pick
 
     def observe(self, layer_id: int, step: Step, expert_ids: Tensor, weights: Tensor) -> None:
         """Labels the tokens that a layer stored last: expert_ids, weights [batch * columns, topk], pads included."""
@@ -155,13 +166,11 @@ class PiKVHFCache(Cache):
             self.cache.observe_each(layer_id, expert_ids, weights, self._rows)
             return
         ids, gates = (x.unflatten(0, (-1, step.columns)) for x in (expert_ids, weights))
-        for row, (request_id, pick) in enumerate(zip(self._rows, step.picks, strict=True)):
-            if step.count(row):
-                at = slice(None) if pick is None else pick
-                self.cache.observe_routing(layer_id, ids[row, at], gates[row, at], request_id)
+        for row, request_id, at in self._real(step):
+            self.cache.observe_routing(layer_id, ids[row, at], gates[row, at], request_id)
 
     def _plan(self, batch: int, columns: int, mask: Tensor | None) -> Step:
-        rows = self._rows or [next(self._new_ids) for _ in range(batch)]
+        rows = self._rows or self._fresh(batch)
         if len(rows) != batch:
             raise ValueError(f"input_ids: expected a batch of {len(rows)} rows as before, got {batch}; or reset()")
         picks, mask = self._read_mask(batch, columns, mask)
@@ -190,6 +199,8 @@ class PiKVHFCache(Cache):
         before = torch.ones_like(mask[:, :past]) if self._mask is None else self._mask
         if not torch.equal(mask[:, :past], before):
             raise ValueError("attention_mask: its cached columns differ from those that the cache was filled with")
+        if self.cache.model.sliding_windows is not None:
+            _check_contiguous(mask)
         new = mask[:, past:]
         full = new.all(1).tolist()
         picks = [None if full[i] else new[i].nonzero().flatten() for i in range(batch)]
@@ -218,19 +229,116 @@ class PiKVHFCache(Cache):
         self._lengths = [0] * len(self.layers)
         self._step = self._awaiting = None
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the newest columns: `tokens_to_remove` is minus their number, as in transformers.
+
+        Raises:
+            ValueError: a positive number, or tokens that a sliding window has already forgotten.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove: expected minus a number of columns, got {tokens_to_remove}")
+        self._check_at_rest()
+        if not tokens_to_remove or not self._rows:
+            return
+        left = max(0, self._lengths[0] + tokens_to_remove)
+        mask = None if self._mask is None else self._mask[:, :left]
+        counts = [left] * len(self._rows) if mask is None else mask.sum(1).tolist()
+        live = set(self.cache.requests())
+        kept = {r: count for r, count in zip(self._rows, counts, strict=True) if r in live}
+        for request_id, count in kept.items():
+            if 0 < count < self.cache.shortest_crop(request_id):
+                raise ValueError(
+                    f"tokens_to_remove: request {request_id} would keep {count} tokens, of which its sliding-window "
+                    f"layers have forgotten too many; expected to keep {self.cache.shortest_crop(request_id)} or more "
+                    f"(runtime.window, {self.cache.runtime.window}, tokens can always be taken back)"
+                )
+        for request_id, count in kept.items():
+            if count:
+                self.cache.crop(request_id, count)
+            else:
+                self.cache.release(request_id)
+        self._mask = None if mask is None or bool(mask.all()) else mask
+        self._lengths = [left] * len(self.layers)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i takes over what row beam_idx[i] holds; sealed blocks are shared, not copied."""
+        self._check_at_rest()
+        index = beam_idx.tolist()
+        live = set(self.cache.requests())
+        if live.issuperset(self._rows) and len(index) == len(self._rows):
+            self.cache.reorder(self._rows, [self._rows[i] for i in index])
+            self._mask = None if self._mask is None else self._mask[beam_idx.to(self._mask.device)]
+        else:
+            self._take(index)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, beside each other."""
+        self._check_at_rest()
+        self._take([row for row in range(len(self._rows)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows of `indices` (positions, or a mask over the rows), in this order."""
+        self._check_at_rest()
+        self._take(torch.arange(len(self._rows))[indices.cpu()].tolist())
+
+    def _take(self, index: Sequence[int]) -> None:
+        """Makes the batch of the rows in `index`: the first time a row is named it is kept, from then on forked."""
+        live = set(self.cache.requests())
+        rows: list[int] = []
+        forked: list[int] = []
+        try:
+            for row in index:
+                source = self._rows[row]
+                if source not in rows:
+                    rows.append(source)
+                    continue
+                rows += self._fresh(1)
+                if source in live:
+                    self.cache.fork(source, rows[-1])
+                    forked.append(rows[-1])
+        except PoolFullError:
+            for request_id in forked:
+                self.cache.release(request_id)
+            raise
+        for request_id in live.intersection(self._rows).difference(rows):
+            self.cache.release(request_id)
+        self._rows = rows
+        self._mask = None if self._mask is None else self._mask[torch.tensor(index, device=self._mask.device)]
+
+    def _fresh(self, count: int) -> list[int]:
+        """Request ids that were never used."""
+        self._next_id += count
+        return list(range(self._next_id - count, self._next_id))
+
+    def _check_at_rest(self) -> None:
+        """Checks that no forward is half done."""
+        if self._step is not None or self._awaiting is not None:
+            raise RuntimeError(f"cache: {EARLY}")
+
     @property
     def request_ids(self) -> list[int]:
         """The request of each row, in `cache`."""
         return list(self._rows)
 
 
+def _check_contiguous(mask: Tensor) -> None:
+    """Checks that no row of a mask has pads between its tokens: transformers counts them into a sliding window."""
+    started, left = mask.cumsum(1) > 0, mask.flip(1).cumsum(1).flip(1) > 0
+    if bool((started & left & ~mask).any()):
+        raise ValueError(
+            "attention_mask: pads between tokens, which sliding-window layers would count; pad on the left"
+        )
+
+
 class _Layer(CacheLayerMixin):
     """What transformers reads of one layer of a cache. It holds nothing."""
 
     is_croppable = True
+    is_sliding: bool
 
     def __init__(self, owner: PiKVHFCache, layer_id: int) -> None:
         self._owner, self._layer_id = owner, layer_id
+        self.is_sliding = owner.cache.model.sliding_window(layer_id) is not None
 
     @property
     def is_initialized(self) -> bool:
@@ -249,4 +357,5 @@ class _Layer(CacheLayerMixin):
         return self._owner.get_seq_length(self._layer_id)
 
     def get_max_length(self) -> int:
-        return -1
+        """-1 where there is no limit but the cache's memory, as for a DynamicCache."""
+        return self._owner.cache.model.sliding_window(self._layer_id) or -1

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
 
 from pikv_megatron.config import ModelConfig
 from pikv_megatron.config_io import ConfigError
@@ -151,6 +152,7 @@ def model_config(source: PreTrainedModel | Any) -> ModelConfig:
         dtype=_dtype(model.dtype),
         moe_layers=tuple(r.layer_id for r in gates) if 0 < len(gates) < len(layers) else None,
         softmax_scale=None if scale == head_dim**-0.5 else scale,
+        sliding_windows=tuple(options.get("sliding_window") for options in get_layer_types_and_kwargs(config)[1]),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-SERVED_LAYERS = ("full_attention",)
+SERVED_LAYERS = ("full_attention", "sliding_attention")
 
 REFUSED: dict[str, str] = {
     "is_encoder_decoder": "an encoder-decoder model; expected a decoder",

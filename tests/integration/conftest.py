@@ -7,8 +7,11 @@ import importlib.util
 import pytest
 import torch
 
+collect_ignore_glob = []
+if importlib.util.find_spec("transformers") is None:
+    collect_ignore_glob += ["test_hf_*.py"]
 if importlib.util.find_spec("megatron") is None:
-    collect_ignore_glob = ["test_megatron_*.py", "test_cpu_compat.py"]
+    collect_ignore_glob += ["test_megatron_*.py", "test_cpu_compat.py"]
 else:
     if not torch.cuda.is_available():
         from pikv_megatron.integrations import cpu_compat

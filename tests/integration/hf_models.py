@@ -51,7 +51,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "DeepseekV3": {**MLA, "q_lora_rank": 24, "n_group": 2, "topk_group": 1},
     "GraniteMoe": {**LOCAL, "attention_multiplier": 0.2},
     "Phimoe": {**LOCAL, "sliding_window": None},
+    "GptOss": {**LOCAL, "head_dim": 16, "sliding_window": 12},
     "Llama": {},
+    "Mistral": {"sliding_window": 20},
     "Qwen3": {"head_dim": 16},
 }
 

@@ -1,0 +1,165 @@
+"""Hugging Face models that PiKV does not serve are refused by reason, and wrong use by what to do instead; before
+anything has changed.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from hf_models import SHARED, make, prompts
+from transformers import DynamicCache
+
+from pikv_megatron.integrations.huggingface import PiKVHFCache, attach, detach, is_attached, model_config
+
+RUNTIME = {"window": 8, "sinks": 2, "block_size": 8, "max_tokens": 512}
+SMALL = {**SHARED, "num_hidden_layers": 2}
+UNSERVED = {
+    "Gemma2": ({"head_dim": 16}, "attn_logit_softcapping is 50.0"),
+    "Bloom": ({"n_layer": 2, "n_head": 4}, "computes attention by itself"),
+    "Falcon": ({"alibi": True}, "ALiBi"),
+    "Mamba": ({}, "layers of linear_attention"),
+    "Jamba": ({"mamba_d_state": 4}, "layers of linear_attention"),
+    "Qwen3Next": ({"num_experts": 4, "moe_intermediate_size": 32}, "layers of linear_attention"),
+    "StableLm": ({}, "computes attention by itself"),
+    "GPTNeoX": ({}, r"expected one self-attention module in each of 2 layers"),
+}
+
+
+@pytest.fixture
+def model():
+    return make("Mixtral")
+
+
+@pytest.mark.parametrize("family", UNSERVED)
+def test_a_model_that_cannot_be_served_exactly(family):
+    changes, reason = UNSERVED[family]
+    config = getattr(transformers, f"{family}Config")(**{**SMALL, **changes})
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    before = model.config._attn_implementation
+    for call in (attach, model_config, lambda m: PiKVHFCache(m, RUNTIME)):
+        with pytest.raises(NotImplementedError, match=reason):
+            call(model)
+    assert model.config._attn_implementation == before
+    assert not is_attached(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (transformers.T5Config(), "encoder-decoder"),
+        (transformers.BertConfig(is_decoder=True, add_cross_attention=True), "cross attention"),
+        (transformers.Llama4TextConfig(num_hidden_layers=4), "attention_chunk_size is 8192"),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_a_config_that_cannot_be_served_exactly(config, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        model_config(config)
+
+
+def test_attach_and_detach(model):
+    ids, mask = prompts()
+    names = list(model.state_dict())
+    with torch.no_grad():
+        before = model(ids, attention_mask=mask).logits
+        with pytest.raises(RuntimeError, match="not on PiKV, nothing to detach"):
+            detach(model)
+        attach(model)
+        with pytest.raises(RuntimeError, match=r"on PiKV already; detach\(model\) first"):
+            attach(model)
+        assert list(model.state_dict()) == names
+        model(ids, attention_mask=mask, past_key_values=PiKVHFCache(model, RUNTIME))
+        detach(model)
+        assert not is_attached(model)
+        assert torch.equal(model(ids, attention_mask=mask).logits, before)
+
+
+def test_a_failed_cache_leaves_the_model_as_it_was(model):
+    with pytest.raises(ValueError, match=r"runtime\.window"):
+        PiKVHFCache(model, {"window": 0})
+    assert not is_attached(model)
+
+
+def test_a_cache_from_a_config_serves_an_attached_model(model):
+    ids, mask = prompts()
+    attach(model)
+    caches = [PiKVHFCache(source, RUNTIME) for source in (model.config, model)]
+    assert caches[0].cache.model == caches[1].cache.model
+    with torch.no_grad():
+        a, b = (model(ids, attention_mask=mask, past_key_values=cache).logits for cache in caches)
+    assert torch.equal(a, b)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [1, 3])
+def test_another_attention_under_our_cache_is_found_before_a_wrong_answer(layers):
+    model = make("Mixtral", num_hidden_layers=layers)
+    ids, _ = prompts()
+    cache = PiKVHFCache(model, RUNTIME)
+    detach(model)
+    with pytest.raises(RuntimeError, match=r"attn_implementation: this cache needs 'pikv', the model has 'sdpa'"):
+        model(ids, past_key_values=cache)
+    stranger = make("Mixtral", num_hidden_layers=layers)
+    attach(model)
+    with pytest.raises(RuntimeError, match=r"layer 0: its attention did not run through PiKV"):
+        [stranger(ids, past_key_values=cache) for _ in range(2)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", [{}, {"use_cache": False}, {"past_key_values": "dynamic"}])
+def test_our_attention_without_our_cache(model, given):
+    attach(model)
+    if given.get("past_key_values"):
+        given = {"past_key_values": DynamicCache(config=model.config)}
+    with pytest.raises(RuntimeError, match="needs a PiKVHFCache"):
+        model(prompts()[0], **given)
+
+
+def test_gradients_and_training_are_refused(model):
+    cache = PiKVHFCache(model, RUNTIME)
+    with pytest.raises(RuntimeError, match="no gradient flows through PiKV"):
+        model(prompts()[0], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_masks_that_do_not_fit(model):
+    ids, mask = prompts()
+    cache = PiKVHFCache(model, RUNTIME)
+
+    def refuses(reason, error=ValueError, ids=ids[:, :1], **options):
+        before = cache.cache.stats(), cache.get_seq_length()
+        with pytest.raises(error, match=reason):
+            model(ids, past_key_values=cache, **options)
+        assert (cache.cache.stats(), cache.get_seq_length()) == before
+
+    refuses(r"expected shape \[3, 40\]", ids=ids, attention_mask=mask[:, :30])
+    refuses(
+        r"expected shape \[3, 40\].*got \[3, 1, 40, 40\]",
+        ids=ids,
+        attention_mask=mask[:, None, None].repeat(1, 1, 40, 1),
+    )
+    model(ids, attention_mask=mask, past_key_values=cache)
+    refuses("expected one, since this cache was filled with padded rows")
+    refuses("its cached columns differ", attention_mask=torch.ones(3, 41))
+    refuses(r"expected a batch of 3 rows", ids=ids[:2, :1], attention_mask=mask[:2])
+    with pytest.raises(NotImplementedError, match="output_attentions"):
+        model(ids, past_key_values=PiKVHFCache(model, RUNTIME), output_attentions=True)
+
+
+@torch.no_grad()
+def test_a_forward_that_ends_early_is_told_from_then_on(model):
+    ids, _ = prompts()
+    cache = PiKVHFCache(model, RUNTIME)
+    with pytest.raises(ValueError, match="finite"):
+        model(inputs_embeds=torch.full((1, 4, 64), float("nan")), past_key_values=cache)
+    for call in (lambda: model(ids, past_key_values=cache), lambda: cache.crop(-1)):
+        with pytest.raises(RuntimeError, match=r"reset\(\) the cache"):
+            call()
+    cache.reset()
+    model(ids, past_key_values=cache)
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match="expected a transformers model or a wrapper of one, got Linear"):
+        attach(torch.nn.Linear(2, 2))
