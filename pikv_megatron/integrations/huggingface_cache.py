@@ -325,9 +325,7 @@ def _check_contiguous(mask: Tensor) -> None:
     """Checks that no row of a mask has pads between its tokens: transformers counts them into a sliding window."""
     started, left = mask.cumsum(1) > 0, mask.flip(1).cumsum(1).flip(1) > 0
     if bool((started & left & ~mask).any()):
-        raise ValueError(
-            "attention_mask: pads between tokens, which sliding-window layers would count; pad on the left"
-        )
+        raise ValueError("attention_mask: pads between tokens, which sliding windows would count; pad on the left")
 
 
 class _Layer(CacheLayerMixin):

@@ -4,6 +4,7 @@ logits, over prompts and answers long enough that most tokens are read from seal
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
@@ -113,7 +114,7 @@ def test_int8(models):
     mask, cuts = pad(mask, (0, NEW), value=1), [0, *range(ids.shape[1], tokens.shape[1])]
     found = [
         models.ours(tokens[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits[:, -1]
-        for a, b in zip(cuts, cuts[1:], strict=False)
+        for a, b in pairwise(cuts)
     ]
     for hook in hooks:
         hook.remove()

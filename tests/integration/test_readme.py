@@ -1,4 +1,4 @@
-"""What README.md shows of Megatron-core runs as it stands."""
+"""What README.md shows of Megatron-core and of Hugging Face runs as it stands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 ROOT = Path(__file__).parents[2]
 
 PREPARE = """
@@ -24,12 +23,29 @@ print([record.merge().generated_text[:2] for record in records], attached.runtim
 """
 
 
-def test_the_megatron_examples_run():
+def example(word: str) -> str:
+    """The first Python block of README.md with this word."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    static, engine = (next(b for b in blocks if word in b) for word in ("cpu_compat", "DynamicInferenceEngine("))
-    script = "\n".join([static, PREPARE, engine, CHECK])
+    return next(block for block in blocks if word in block)
+
+
+def run(script: str) -> list[str]:
+    """Lines that a script prints."""
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    first, last = (line for line in done.stdout.splitlines() if line.startswith(("47", "[")))
+    return done.stdout.splitlines()
+
+
+def test_the_hugging_face_example_runs():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    answer, held = run(example("PiKVHFCache("))
+    assert answer == "47"
+    assert re.fullmatch(r"\d+ bytes of KV", held)
+
+
+def test_the_megatron_examples_run():
+    pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+    lines = run("\n".join([example("cpu_compat"), PREPARE, example("DynamicInferenceEngine("), CHECK]))
+    first, last = (line for line in lines if line.startswith(("47", "[")))
     assert re.fullmatch(r"47\d+ bytes of KV", first)
     assert last == "['47', '12'] int8"
