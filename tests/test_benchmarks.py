@@ -35,6 +35,8 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
 def test_a_gpu_that_is_not_there_is_refused(script):
     if script.startswith("decode_"):
         pytest.importorskip("megatron")
+    if script in ("bench_hf.py", "bench_passkey.py"):
+        pytest.importorskip("transformers")
     done = run(script, "--device", "cuda")
     assert done.returncode == 2
     assert "argument --device: torch" in done.stderr.splitlines()[-1]
@@ -76,6 +78,18 @@ def test_quant_prints_every_peer_and_mark():
     for peer in ("ours", "eager", "inductor", "quanto", "hqq", "torchao"):
         assert len(re.findall(rf", {peer} ", done.stdout)) >= 4, peer
     assert len(re.findall(r"^mark: ", done.stdout, re.M)) == 12
+
+
+@pytest.mark.slow
+def test_hf_prints_every_cache_and_mark():
+    pytest.importorskip("transformers")
+    done = run("bench_hf.py", "--models", "small_moe", "--context", "64", "8192", "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    for row in ("DynamicCache", "StaticCache", "PiKV exact", "PiKV INT8", "PiKV INT4", "PiKV INT8, top_k 12.5 %"):
+        assert len(re.findall(rf"^{re.escape(row)}(?: +[\d.]+){{4}}$", done.stdout, re.M)) == 1, row
+    for row in ("QuantizedCache, quanto 4 bits", "QuantizedCache, hqq 4 bits", "kvpress DecodingPress, 50 %"):
+        assert len(re.findall(rf"^{row} .*(\d|not installed|does not run here.*)$", done.stdout, re.M)) == 1, row
+    assert re.search(r"^mark: INT8 / DynamicCache: wanted >= 1, got \d+\.\d\d", done.stdout, re.M)
 
 
 def test_marks_say_what_was_missed(common, capsys):

@@ -11,6 +11,7 @@ from hf_models import SHARED, make, prompts
 from transformers import DynamicCache
 
 from pikv_megatron.integrations.huggingface import PiKVHFCache, attach, detach, is_attached, model_config
+from pikv_megatron.integrations.huggingface_attention import pikv_attention, pikv_mask
 
 RUNTIME = {"window": 8, "sinks": 2, "block_size": 8, "max_tokens": 512}
 SMALL = {**SHARED, "num_hidden_layers": 2}
@@ -70,8 +71,10 @@ def test_attach_and_detach(model):
             attach(model)
         assert list(model.state_dict()) == names
         model(ids, attention_mask=mask, past_key_values=PiKVHFCache(model, RUNTIME))
+        hooks = sum(len(module._forward_hooks) for module in model.modules())
         detach(model)
         assert not is_attached(model)
+        assert hooks == 3 and not any(module._forward_hooks for module in model.modules())
         assert torch.equal(model(ids, attention_mask=mask).logits, before)
 
 
@@ -120,6 +123,33 @@ def test_gradients_and_training_are_refused(model):
     cache = PiKVHFCache(model, RUNTIME)
     with pytest.raises(RuntimeError, match="no gradient flows through PiKV"):
         model(prompts()[0], past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"scaling": 0.3}, r"scaling: layer 0 has 0\.3, the cache was made for"),
+        ({"softcap": 30.0}, "softcap: layer 0 asks for it"),
+        ({"position_bias": torch.zeros(1)}, "position_bias: layer 0 asks for it"),
+        ({"dropout": 0.1}, r"dropout: layer 0 has 0\.1"),
+    ],
+)
+def test_attention_of_another_kind(model, changes, reason):
+    """As a model's code might ask for it, whatever its config says."""
+    cache = PiKVHFCache(model, RUNTIME)
+    module, q, k = model.model.layers[0].self_attn, torch.zeros(1, 8, 3, 8), torch.zeros(1, 2, 3, 8)
+    cache.update(k, k, 0)
+    with pytest.raises(NotImplementedError, match=reason):
+        pikv_attention(module, q, k, k, None, **changes)
+    assert cache.cache.requests() == []
+    model(prompts()[0], past_key_values=cache)
+
+
+@pytest.mark.parametrize("asked", [{"allow_is_causal_skip": False}, {"allow_is_bidirectional_skip": True}])
+def test_masks_of_another_kind(asked):
+    with pytest.raises(NotImplementedError, match="more than a causal mask and padding"):
+        pikv_mask(batch_size=1, q_length=2, kv_length=2, attention_mask=None, **asked)
 
 
 @torch.no_grad()
