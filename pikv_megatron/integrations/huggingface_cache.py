@@ -76,6 +76,7 @@ class PiKVHFCache(Cache):
         self._lengths = [0] * len(self.layers)
         self._step: Step | None = None
         self._awaiting: int | None = None
+        self._given: tuple[Tensor, Tensor] | None = None
 
     # ---- what a forward does
 
@@ -102,15 +103,17 @@ class PiKVHFCache(Cache):
             )
         if layer_idx != (0 if self._step is None else self._step.next_layer):
             raise RuntimeError(f"layer {layer_idx}: {EARLY}")
-        self._awaiting = layer_idx
+        self._awaiting, self._given = layer_idx, (key_states, value_states)
         current.writing = self
         return key_states, value_states
 
-    def start(self, layer_id: int) -> None:
-        """A layer's attention has come."""
-        if self._awaiting != layer_id:
+    def start(self, layer_id: int) -> tuple[Tensor, Tensor]:
+        """A layer's attention has come. Returns what `update` was given for it."""
+        given, self._given = self._given, None
+        if self._awaiting != layer_id or given is None:
             raise RuntimeError(f"layer {layer_id}: its keys were not given to this cache, expected {self._awaiting}")
         self._awaiting = None
+        return given
 
     def plan(self, layer_id: int, batch: int, columns: int, mask: Tensor | None) -> Step:
         """The step that a layer is in; made at layer 0, where one that does not fit is refused whole."""
@@ -227,7 +230,7 @@ class PiKVHFCache(Cache):
             self.cache.release(request_id)
         self._rows, self._mask = [], None
         self._lengths = [0] * len(self.layers)
-        self._step = self._awaiting = None
+        self._step = self._awaiting = self._given = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the newest columns: `tokens_to_remove` is minus their number, as in transformers.

@@ -18,6 +18,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from pikv_megatron.config import ModelConfig
 from pikv_megatron.config_io import ConfigError
+from pikv_megatron.integrations.huggingface_mla import caches_latents, latent_shapes
 from pikv_megatron.integrations.huggingface_support import check_config, check_model
 
 log = logging.getLogger(__name__)
@@ -158,7 +159,9 @@ def model_config(source: PreTrainedModel | Any) -> ModelConfig:
 
 def _shapes(module: Any, config: Any) -> tuple[int, int, int, int, float]:
     """Query heads, KV heads, channels of a key and of a value, softmax scale of one attention module."""
-    if hasattr(module, "kv_lora_rank"):  # MLA: attention sees expanded keys and values of every head
+    if caches_latents(module):
+        return latent_shapes(module)
+    if hasattr(module, "kv_lora_rank"):  # MLA whose model caches expanded keys and values of every head
         heads = _rows(module.kv_b_proj) // (module.qk_nope_head_dim + module.v_head_dim)
         return heads, heads, module.qk_head_dim, module.v_head_dim, float(module.scaling)
     head_dim = module.head_dim
