@@ -1,43 +1,70 @@
-"""Rank bootstrap: from a bare process or a torchrun rank to initialised process groups and a host's parallel state."""
+"""Rank bootstrap: from a bare process or a rank of torchrun, `deepspeed`, `mpirun` or `srun` to initialised process
+groups and a host's parallel state.
+
+`launch_environment` reads the variables, `launch_address` finds where rank 0 listens, `binding` says on which CPUs
+a rank runs. docs/launching.md has the variables and the rules.
+"""
 
 from __future__ import annotations
 
 import os
+import socket
 
 import torch
 import torch.distributed as dist
 
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+from pikv_megatron import binding, launch_address
+from pikv_megatron.launch_environment import Launch, LaunchError, read_launch
+
+__all__ = ["Launch", "LaunchError", "init_megatron", "init_process_group", "read_launch"]
 
 
-def init_process_group() -> None:
-    """Initialises torch.distributed: gloo on CPU, nccl where CUDA is available. Done already: does nothing.
+def init_process_group() -> Launch:
+    """Initialises torch.distributed: gloo on CPU, nccl where CUDA is available. Done already: only reads the launch.
 
-    A process started without rank variables is a group of one and opens no port. With torchrun's variables it joins its
-    group; on CUDA the device is LOCAL_RANK.
+    A process that no launcher started is a group of one and opens no port. A rank joins its group, on CUDA with the
+    device LOCAL_RANK, and is bound to its CPUs (PIKV_BIND=off: not). RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+    LOCAL_SIZE, MASTER_ADDR and MASTER_PORT are set in the environment, for hosts that read them there.
 
     Raises:
-        RuntimeError: only some of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set; the message names the others.
+        LaunchError: the launcher's variables are incomplete or contradict each other, or the address of rank 0 cannot
+            be found; the message names them.
     """
+    launch = read_launch(os.environ)
     if dist.is_initialized():
-        return
+        return launch
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    given = [name for name in RANK_VARIABLES if name in os.environ]
-    if not given:
+    if launch.launcher == "none":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        return
-    missing = [name for name in RANK_VARIABLES if name not in os.environ]
-    if missing:
-        raise RuntimeError(
-            f"the environment sets {', '.join(given)} but not {', '.join(missing)}: set all of them (torchrun does), "
-            "or none for a single process"
-        )
+        return launch
+    binding.wanted()  # refuses what it does not know before the others are waited for
+    launch = launch_address.complete(launch)
+    _export(launch)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(launch.local_rank)
+    elif launch_address.is_local(launch) and any(name == "lo" for _, name in socket.if_nameindex()):
+        os.environ.setdefault(
+            "GLOO_SOCKET_IFNAME", "lo"
+        )  # gloo would look the machine's name up, which may not resolve
     dist.init_process_group(backend)
+    binding.bind(launch)
+    return launch
 
 
-def init_megatron(tensor_parallel: int = 1, expert_parallel: int = 1, seed: int = 1234) -> None:
+def _export(launch: Launch) -> None:
+    """What torch and DeepSpeed read. LOCAL_SIZE is DeepSpeed's name: its all-reduce through shared memory needs it."""
+    os.environ |= {
+        "RANK": str(launch.rank),
+        "WORLD_SIZE": str(launch.world_size),
+        "LOCAL_RANK": str(launch.local_rank),
+        "LOCAL_WORLD_SIZE": str(launch.local_size),
+        "LOCAL_SIZE": str(launch.local_size),
+        "MASTER_ADDR": str(launch.master_addr),
+        "MASTER_PORT": str(launch.master_port),
+    }
+
+
+def init_megatron(tensor_parallel: int = 1, expert_parallel: int = 1, seed: int = 1234) -> Launch:
     """Process groups, Megatron-core's parallel state and its random states, in one call.
 
     Args:
@@ -47,7 +74,7 @@ def init_megatron(tensor_parallel: int = 1, expert_parallel: int = 1, seed: int 
 
     Raises:
         ValueError: the world size is not a multiple of both.
-        RuntimeError: the rank variables are incomplete, Megatron was initialised with other sizes, or there is no CUDA
+        RuntimeError: see `init_process_group`; or Megatron was initialised with other sizes, or there is no CUDA
             and `cpu_compat.install()` was not called.
     """
     from pikv_megatron.integrations import cpu_compat
@@ -59,5 +86,6 @@ def init_megatron(tensor_parallel: int = 1, expert_parallel: int = 1, seed: int 
         )
     from pikv_megatron.integrations.megatron_setup import init_parallel_state
 
-    init_process_group()
+    launch = init_process_group()
     init_parallel_state(tensor_parallel, expert_parallel, seed)
+    return launch

@@ -13,15 +13,16 @@ import pytest
 import torch
 from test_house import HEAVY
 
-from pikv_megatron import launch, ops
+from pikv_megatron import ops
 from pikv_megatron.cli import doctor, main
+from pikv_megatron.launch_environment import VARIABLES
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
 def _bare(monkeypatch):
-    for name in (*launch.RANK_VARIABLES, *doctor.LAUNCHERS):
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -124,8 +125,9 @@ def test_half_a_launcher_is_broken(report, monkeypatch):
     status, text = report()
     assert status == 1
     assert _line(text, "SLURM_PROCID") == "7"
-    assert "broken: only some rank variables are set: RANK, WORLD_SIZE" in text
-    assert "remedy: set MASTER_ADDR, MASTER_PORT too" in text
+    assert "broken: the environment sets RANK, WORLD_SIZE but not MASTER_ADDR, MASTER_PORT" in text
+    assert "remedy: unset what another launcher left" in text
+    assert _line(text, "detected").startswith("incomplete")
 
 
 def test_too_many_threads_are_named(report, monkeypatch):

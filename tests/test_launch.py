@@ -10,8 +10,9 @@ import pytest
 import torch.distributed as dist
 
 from pikv_megatron import launch
+from pikv_megatron.launch_environment import RANK_VARIABLES, VARIABLES
 
-BARE = {name: value for name, value in os.environ.items() if name not in (*launch.RANK_VARIABLES, "LOCAL_RANK")}
+BARE = {name: value for name, value in os.environ.items() if name not in VARIABLES}
 
 
 def run(script, **variables):
@@ -35,11 +36,11 @@ def test_a_bare_process_is_a_group_of_one():
 @pytest.mark.parametrize("given", [{"RANK": "0"}, {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}])
 def test_half_an_environment_is_refused_by_name(monkeypatch, given):
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
-    for name in launch.RANK_VARIABLES:
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    missing = ", ".join(name for name in launch.RANK_VARIABLES if name not in given)
+    missing = ", ".join(name for name in RANK_VARIABLES if name not in given)
     with pytest.raises(RuntimeError, match=f"sets {', '.join(given)} but not {missing}"):
         launch.init_process_group()
 

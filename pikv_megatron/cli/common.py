@@ -54,14 +54,18 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[ModelC
     return load(mapping)
 
 
-def set_threads(threads: int) -> None:
-    """torch's threads, as --threads says. Raises ValueError below 1."""
+def set_threads(threads: int | None) -> None:
+    """torch's threads, as --threads says; None: as they are. Raises ValueError below 1."""
+    if threads is None:
+        return
     if threads < 1:
         raise ValueError(f"--threads: expected at least 1, got {threads}")
     torch.set_num_threads(threads)
 
 
-def megatron_model(path: str | Path, model: ModelConfig | None, threads: int) -> nn.Module:
+def megatron_model(
+    path: str | Path, model: ModelConfig | None, threads: int | None, expert_parallel: int = 1
+) -> nn.Module:
     """Loads a Mixtral checkpoint into a stock Megatron-core model on this machine's device.
 
     Raises:
@@ -79,9 +83,10 @@ def megatron_model(path: str | Path, model: ModelConfig | None, threads: int) ->
     from pikv_megatron.integrations import hf_weights, megatron
     from pikv_megatron.launch import init_megatron
 
-    init_megatron()
+    init_megatron(expert_parallel=expert_parallel)
+    set_threads(threads)  # what is asked for goes before what binding to CPUs has chosen
     dtype = torch.float32 if model is None else model.torch_dtype
-    built = hf_weights.load_mixtral(path, dtype=dtype)
+    built = hf_weights.load_mixtral(path, dtype=dtype, expert_model_parallel_size=expert_parallel)
     if model is not None:
         check_same_model(model, megatron.model_config(built))
     return built

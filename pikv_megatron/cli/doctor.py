@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 import torch
 
-from pikv_megatron import launch, ops
+from pikv_megatron import ops
+from pikv_megatron.launch_environment import VARIABLES, LaunchError, read_launch
 from pikv_megatron.ops import reference
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -38,7 +39,6 @@ HOSTS = {
 }
 """What `pikv generate --host` takes: what it needs, and what PiKV does on it."""
 FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16")
-LAUNCHERS = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 Facts = dict[str, str]
 
@@ -257,10 +257,10 @@ def _nvcc() -> str:
 
 
 def _launcher(problems: list[Problem]) -> Facts:
-    given = [name for name in launch.RANK_VARIABLES if name in os.environ]
-    missing = [name for name in launch.RANK_VARIABLES if name not in os.environ]
-    if given and missing:
-        remedy = f"set {', '.join(missing)} too, as torchrun does, or none of them"
-        problems.append(Problem(f"only some rank variables are set: {', '.join(given)}", remedy, True))
-    found = {name: os.environ[name] for name in (*launch.RANK_VARIABLES, *LAUNCHERS) if name in os.environ}
-    return found or {"rank variables": "none set: a single process"}
+    try:
+        detected = str(read_launch(os.environ))
+    except LaunchError as error:
+        remedy = "unset what another launcher left, or set what is missing; docs/launching.md has the variables"
+        problems.append(Problem(str(error), remedy, True))
+        detected = "incomplete or contradictory, see the problems"
+    return {"detected": detected, **{name: os.environ[name] for name in VARIABLES if name in os.environ}}

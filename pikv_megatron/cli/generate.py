@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from tqdm import tqdm
 from pikv_megatron.cli.common import SMALL_MOE, SMALL_MOE_CONFIG, bundled, read_config
 from pikv_megatron.cli.hosts import HOSTS, Request, Session
 from pikv_megatron.config import dump
+from pikv_megatron.launch_environment import read_launch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk", type=int, default=512, help="prompt tokens per forward pass")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--seed", type=int, default=0, help="for sampling")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=None, help="of torch, per rank; default: the rank's CPUs")
+    parser.add_argument(
+        "--expert-parallel", type=int, default=1, metavar="RANKS", help="ranks that share the experts (megatron)"
+    )
     parser.add_argument("--compare", action="store_true", help="feed the same tokens to the host's own cache too")
     parser.add_argument("--run-dir", help="write the resolved config, the text and the figures there")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no figures")
@@ -57,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
     if not 0 <= args.temperature < float("inf"):
         raise ValueError(f"--temperature: expected at least 0, got {args.temperature}")
+    if args.expert_parallel != 1 and args.host != "megatron":
+        raise ValueError(f"--expert-parallel: only --host megatron shares experts out, got --host {args.host}")
     prompt = _read_prompt(args)
     model_cfg, runtime = read_config(args.config, args.set)
     if args.run_dir:
@@ -68,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"prompt: {len(tokens)} tokens and {args.max_new_tokens} new ones exceed max_tokens {runtime.max_tokens}"
         )
-    request = Request(args.model, model_cfg, runtime, total, args.threads, args.compare)
+    request = Request(args.model, model_cfg, runtime, total, args.threads, args.compare, args.expert_parallel)
     opened = HOSTS[args.host](request)
     speaks = not distributed.is_initialized() or distributed.get_rank() == 0  # all ranks make the same text
     if not speaks:
@@ -83,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
     figures: dict[str, Any] = {
         "prompt_tokens": len(tokens),
         "new_tokens": made,
+        "launch": dataclasses.asdict(read_launch(os.environ)),
+        "expert_parallel": args.expert_parallel,
         "pikv": ours.figures(),
         **cache.stats(),
     }
@@ -91,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
         figures["max_logit_difference"] = worst
     if not args.quiet:
         _report(figures)
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        distributed.barrier()  # nobody leaves while another still reads
     if args.run_dir:
         folder = Path(args.run_dir)
         (folder / "config.yaml").write_text(dump(cache.model, runtime), encoding="utf-8")
@@ -188,6 +200,7 @@ def _stream(
             token = int(torch.multinomial(shares.cpu(), 1, generator=generator))
         else:
             token = int(logits.argmax())
+        token = _of_first_rank(token, logits.device)
         made.append(token)
         text = tokenizer.decode(made)
         if not text.endswith("�"):  # a character whose bytes are not all there yet
@@ -199,6 +212,15 @@ def _stream(
         theirs = stock.step(token) if stock else None
     print(text[len(shown) :], flush=True)
     return text, len(made), worst
+
+
+def _of_first_rank(token: int, device: torch.device) -> int:
+    """Rank 0's choice: sums of a last digit's difference must not send the ranks different ways."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return token
+    chosen = torch.tensor(token, device=device)
+    distributed.broadcast(chosen, src=0)
+    return int(chosen)
 
 
 def _report(figures: dict[str, Any]) -> None:

@@ -48,19 +48,21 @@ class Opened:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be opened. tokens: prompt and answer together; compare: with a session on the host's own cache."""
+    """What is to be opened. tokens: prompt and answer together; compare: with a session on the host's own cache;
+    expert_parallel: ranks that share the experts, for Megatron-core."""
 
     path: str
     model: ModelConfig | None
     runtime: RuntimeConfig
     tokens: int
-    threads: int
+    threads: int | None
     compare: bool
+    expert_parallel: int = 1
 
 
 def open_megatron(request: Request) -> Opened:
     """A Mixtral checkpoint under Megatron-core, its static context PiKV's."""
-    model = megatron_model(request.path, request.model, request.threads)
+    model = megatron_model(request.path, request.model, request.threads, request.expert_parallel)
 
     from pikv_megatron.integrations import megatron
     from pikv_megatron.integrations.megatron_session import Session

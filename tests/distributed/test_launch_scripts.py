@@ -1,0 +1,107 @@
+"""The scripts of launch/ start the small MoE on two ranks, half its experts each, from the same YAML: its answer is that
+of one rank. Slurm is a real one, of two nodes on this machine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import slurm_cluster
+
+from pikv_megatron.launch_environment import VARIABLES
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed"),
+]
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "And #QX47 the LORD spake unto Moses, saying; #AB12 In the beginning. " * 4 + "#QX"
+GENERATE = ["generate", "--config", "launch/configs/small_moe.yaml", "--prompt", PROMPT, "--max-new-tokens", "24"]
+BARE = {name: value for name, value in os.environ.items() if name not in VARIABLES} | {
+    "OMP_NUM_THREADS": "1",
+    "PYTHON": sys.executable,
+    "PYTHONPATH": str(ROOT),
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run(command: list[str], **variables: str) -> str:
+    done = subprocess.run(
+        command, cwd=ROOT, env=BARE | variables, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> str:
+    """What one rank answers."""
+    folder = tmp_path_factory.mktemp("alone")
+    run([sys.executable, "-m", "pikv_megatron", *GENERATE, "--quiet", "--run-dir", str(folder)])
+    return (folder / "text.txt").read_text()
+
+
+def check(folder: Path, alone: str, launcher: str, nodes: int = 1) -> None:
+    assert (folder / "text.txt").read_text() == alone
+    figures = json.loads((folder / "figures.json").read_text())
+    assert figures["expert_parallel"] == 2
+    launch = figures["launch"]
+    assert (launch["launcher"], launch["rank"], launch["world_size"]) == (launcher, 0, 2)
+    assert launch["local_size"] == 2 // nodes
+
+
+def two_ranks(folder: Path) -> list[str]:
+    return [*GENERATE, "--expert-parallel", "2", "--run-dir", str(folder)]
+
+
+def test_torchrun(tmp_path, alone):
+    run(["launch/torchrun.sh", *two_ranks(tmp_path)], MASTER_PORT=str(free_port()))
+    check(tmp_path, alone, "torchrun")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_deepspeed(tmp_path, alone):
+    run(["launch/deepspeed.sh", *two_ranks(tmp_path)], MASTER_PORT=str(free_port()), DS_ACCELERATOR="cpu")
+    check(tmp_path, alone, "deepspeed")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="mpi4py is not installed")
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed (openmpi-bin)")
+def test_mpirun(tmp_path, alone):
+    options = "--oversubscribe --mca btl_tcp_if_include lo" + (" --allow-run-as-root" if os.geteuid() == 0 else "")
+    run(["launch/mpirun.sh", *two_ranks(tmp_path)], MPIRUN_ARGS=options)
+    check(tmp_path, alone, "mpirun")
+
+
+@pytest.fixture(scope="module")
+def slurm():
+    absent = slurm_cluster.missing()
+    if absent:
+        pytest.skip(f"no Slurm here: {absent} not installed")
+    with tempfile.TemporaryDirectory(prefix="pikv-") as folder, slurm_cluster.cluster(Path(folder)) as environment:
+        yield environment
+
+
+@pytest.mark.parametrize(("script", "launcher"), [("generate", "torchrun"), ("generate_srun", "srun")])
+def test_slurm(tmp_path, alone, slurm, script, launcher):
+    log = tmp_path / "job.txt"
+    options = ["--wait", "--nodes=2", "--ntasks-per-node=1", f"--output={log}", f"--error={log}"]
+    command = ["sbatch", *options, f"launch/slurm/{script}.sbatch", *two_ranks(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=BARE | slurm, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr + (log.read_text()[-4000:] if log.exists() else "")
+    check(tmp_path, alone, launcher, nodes=2)

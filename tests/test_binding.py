@@ -1,0 +1,77 @@
+"""Which CPUs a rank runs on: shares of what nobody has bound, and what the launcher has bound as it is."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pikv_megatron import binding
+from pikv_megatron.launch_environment import Launch, LaunchError
+
+
+@given(cpus=st.sets(st.integers(0, 300), min_size=1, max_size=40), ranks=st.integers(1, 12))
+def test_shares_are_disjoint_whole_and_even(cpus, ranks):
+    shares = [binding.choose(rank, [cpus] * ranks, cpus) for rank in range(ranks)]
+    if ranks > len(cpus):
+        assert all(set(share) == cpus for share in shares)
+    else:
+        assert sorted(cpu for share in shares for cpu in share) == sorted(cpus)
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_what_the_launcher_bound_stays():
+    assert binding.choose(1, [{0, 1, 2, 3}, {4, 5, 6, 7}], {4, 5, 6, 7}) == (4, 5, 6, 7)
+
+
+def test_hardware_threads_of_a_core_stand_together(monkeypatch, tmp_path):
+    """Two packages of two cores, numbered as Linux does: the second threads behind all first ones."""
+    for cpu in range(8):
+        folder = tmp_path / f"cpu{cpu}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "physical_package_id").write_text(f"{cpu % 4 // 2}\n")
+        (folder / "core_id").write_text(f"{cpu % 2}\n")
+    monkeypatch.setattr(binding, "TOPOLOGY", tmp_path)
+    shares = [binding.choose(rank, [range(8)] * 4, range(8)) for rank in range(4)]
+    assert shares == [(0, 4), (1, 5), (2, 6), (3, 7)]
+
+
+@pytest.fixture
+def neighbours(monkeypatch, tmp_path):
+    """Four ranks on two nodes, none bound to less than CPUs 0 to 3; bound and threads are what was asked for."""
+    seen: dict[str, object] = {}
+    monkeypatch.setattr(binding, "TOPOLOGY", tmp_path)
+    monkeypatch.delenv("PIKV_BIND", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: seen.update(bound=tuple(cpus)))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: seen.update(threads=count))
+
+    def gather(everyone, mine):
+        everyone[:] = [(rank // 2, frozenset(range(4))) for rank in range(4)]
+
+    monkeypatch.setattr(binding.dist, "all_gather_object", gather)
+    return seen
+
+
+LAUNCH = Launch("torchrun", 3, 4, 1, 2, 1, "n0", 1)
+
+
+@pytest.mark.parametrize(("limit", "threads"), [("", 2), ("1", 1), ("8", 2)])
+def test_ranks_of_a_node_share_its_cpus_and_threads_follow(neighbours, monkeypatch, limit, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", limit)
+    assert binding.bind(LAUNCH) == (2, 3)
+    assert neighbours == {"bound": (2, 3), "threads": threads}
+
+
+def test_it_can_be_switched_off_and_a_single_process_is_left_alone(neighbours, monkeypatch):
+    assert binding.bind(Launch("none")) == (0, 1, 2, 3)
+    monkeypatch.setenv("PIKV_BIND", "off")
+    assert binding.bind(LAUNCH) == (0, 1, 2, 3)
+    assert neighbours == {}
+    monkeypatch.setenv("PIKV_BIND", "maybe")
+    with pytest.raises(LaunchError, match="PIKV_BIND: expected auto or off, got 'maybe'"):
+        binding.bind(LAUNCH)
