@@ -1,5 +1,5 @@
-"""The scripts of launch/ start the small MoE on two ranks, half its experts each, from the same YAML: its answer is that
-of one rank. Slurm is a real one, of two nodes on this machine.
+"""The scripts of launch/ start the small MoE on two ranks, half its experts each, from the same YAML: its answer is
+that of one rank. Slurm is a real one, of two nodes on this machine.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -100,8 +101,15 @@ def slurm():
 @pytest.mark.parametrize(("script", "launcher"), [("generate", "torchrun"), ("generate_srun", "srun")])
 def test_slurm(tmp_path, alone, slurm, script, launcher):
     log = tmp_path / "job.txt"
-    options = ["--wait", "--nodes=2", "--ntasks-per-node=1", f"--output={log}", f"--error={log}"]
+    options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}", f"--error={log}"]
     command = ["sbatch", *options, f"launch/slurm/{script}.sbatch", *two_ranks(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=BARE | slurm, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr + (log.read_text()[-4000:] if log.exists() else "")
+    assert done.returncode == 0, done.stderr
+    state, end = "", time.monotonic() + 200
+    while state not in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL"):
+        assert time.monotonic() < end, f"the job is {state} still"
+        time.sleep(0.3)  # sbatch --wait would look every ten seconds
+        job = run(["scontrol", "show", "job", done.stdout.strip()], **slurm)
+        state = job.partition("JobState=")[2].split()[0]
+    assert state == "COMPLETED", log.read_text()[-4000:]
     check(tmp_path, alone, launcher, nodes=2)
