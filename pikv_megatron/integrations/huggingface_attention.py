@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from pikv_megatron.integrations.huggingface_current import NAME, Routed, current
-from pikv_megatron.integrations.huggingface_mla import caches_latents, expand_output, fold_query, join
+from pikv_megatron.integrations.huggingface_mla import expand_output, fold_query, join
 
 REFUSED = ("softcap", "position_bias", "sinks", "indices", "block_indices", "output_attentions")
 """Arguments of attention functions that change what is computed, or ask for its weights."""
@@ -64,13 +64,12 @@ def pikv_attention(
             f"scaling: layer {layer_id} has {scaling}, the cache was made for {cache.cache.model.scale}"
         )
     step = cache.plan(layer_id, query.shape[0], query.shape[2], attention_mask)
-    latents = caches_latents(module)
-    if latents:
+    if cache.latents:
         key, value = join(*given)
         query = fold_query(module, query)
     cache.store(layer_id, step, key, value)
     out, lse = cache.attend(layer_id, step, query)
-    if latents:
+    if cache.latents:
         out = expand_output(module, out)
     if s_aux is not None:
         out = out * torch.sigmoid(lse - s_aux.float()).unsqueeze(-1).to(out.dtype)

@@ -20,7 +20,8 @@ from pikv_megatron.cache import PiKVCache
 from pikv_megatron.config import RuntimeConfig, Source
 from pikv_megatron.integrations.huggingface_attach import attach, is_attached
 from pikv_megatron.integrations.huggingface_current import NAME, current
-from pikv_megatron.integrations.huggingface_model import find_model, model_config
+from pikv_megatron.integrations.huggingface_mla import caches_latents
+from pikv_megatron.integrations.huggingface_model import attention_layers, find_model, model_config
 
 EARLY = "the last forward ended early or left out a layer; reset() the cache"
 
@@ -31,12 +32,14 @@ class Step:
 
     picks: per row, the columns that hold real tokens (int64 indices), or None for all of them.
     each: one real token for every row, all of them live already: they are served together.
+    whole: one row, without pads.
     next_layer: the layer whose turn it is.
     """
 
     columns: int
     picks: list[Tensor | None]
     each: bool
+    whole: bool
     next_layer: int = 0
 
     def count(self, row: int) -> int:
@@ -64,10 +67,12 @@ class PiKVHFCache(Cache):
             model = find_model(source)
             self.cache = PiKVCache(model_config(model), runtime)
             self._config = model.config.get_text_config(decoder=True)
+            self.latents = caches_latents(attention_layers(model)[0][1])
             if not is_attached(model):
                 attach(model)
         else:
             self._config = source.get_text_config(decoder=True)
+            self.latents = False  # a config with MLA is refused
             self.cache = PiKVCache(model_config(source), runtime)
         super().__init__(layers=[_Layer(self, layer_id) for layer_id in range(self.cache.model.num_layers)])
         self._rows: list[int] = []
@@ -91,7 +96,7 @@ class PiKVHFCache(Cache):
         Raises:
             RuntimeError: the model's attention is not PiKV's, or the last forward did not reach its end.
         """
-        if self._config._attn_implementation != NAME:
+        if layer_idx == 0 and self._config._attn_implementation != NAME:
             raise RuntimeError(
                 f"attn_implementation: this cache needs {NAME!r}, the model has "
                 f"{self._config._attn_implementation!r}; call pikv_megatron.integrations.huggingface.attach(model)"
@@ -128,6 +133,8 @@ class PiKVHFCache(Cache):
         step.next_layer = -1  # stays so if this fails half-way
         if step.each:
             self.cache.append_each(layer_id, k[:, 0], v[:, 0], self._rows)
+        elif step.whole:
+            self.cache.append(layer_id, k[0], v[0], self._rows[0])
         else:
             for row, request_id, at in self._real(step):
                 self.cache.append(layer_id, k[row, at], v[row, at], request_id)
@@ -146,7 +153,7 @@ class PiKVHFCache(Cache):
         if step.each:
             out, lse = self.cache.attend_each(layer_id, q[:, 0], self._rows)
             return out.unsqueeze(1), lse.unsqueeze(1)
-        if len(self._rows) == 1 and step.picks[0] is None:
+        if step.whole:
             out, lse = self.cache.attend(layer_id, q[0], self._rows[0])
             return out.unsqueeze(0), lse.unsqueeze(0)
         out = q.new_zeros(*q.shape[:3], self.cache.model.value_dim)
@@ -179,7 +186,7 @@ class PiKVHFCache(Cache):
         picks, mask = self._read_mask(batch, columns, mask)
         live = set(self.cache.requests())
         each = columns == 1 and batch > 1 and live.issuperset(rows) and all(pick is None for pick in picks)
-        step = Step(columns, picks, each)
+        step = Step(columns, picks, each, whole=batch == 1 and picks[0] is None)
         self.cache.check_room({rows[i]: step.count(i) for i in range(batch) if step.count(i)})
         self._rows, self._mask = rows, mask
         return step
