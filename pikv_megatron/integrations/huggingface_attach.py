@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,16 @@ from transformers import PreTrainedModel
 
 from pikv_megatron.integrations import huggingface_attention  # noqa: F401 - registers what attach switches to
 from pikv_megatron.integrations.huggingface_current import NAME, current
-from pikv_megatron.integrations.huggingface_model import Router, find_model, model_config, read_routing, routers
+from pikv_megatron.integrations.huggingface_model import (
+    Router,
+    config_experts,
+    find_model,
+    model_config,
+    read_routing,
+    routers,
+)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -43,8 +53,11 @@ def attach(model: nn.Module) -> None:
     if hf_model in _attached:
         raise RuntimeError(f"model: {type(hf_model).__name__} is on PiKV already; detach(model) first")
     model_config(hf_model)
-    found = routers(hf_model)
-    implementation = hf_model.config.get_text_config(decoder=True)._attn_implementation
+    found, config = routers(hf_model), hf_model.config.get_text_config(decoder=True)
+    if not found and config_experts(config):
+        name, experts = type(hf_model).__name__, config_experts(config)
+        log.warning("%s: no router found for its %d experts, all blocks get the label 0", name, experts)
+    implementation = config._attn_implementation
     hf_model.set_attn_implementation(NAME)
     hooks = [router.gate.register_forward_hook(partial(_observe, router)) for router in found]
     _attached[hf_model] = _Attached(implementation, hooks)

@@ -7,7 +7,6 @@ gives those of the whole model.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -20,8 +19,6 @@ from pikv_megatron.config import ModelConfig
 from pikv_megatron.config_io import ConfigError
 from pikv_megatron.integrations.huggingface_mla import caches_latents, latent_shapes
 from pikv_megatron.integrations.huggingface_support import check_config, check_model
-
-log = logging.getLogger(__name__)
 
 
 class Router(NamedTuple):
@@ -131,12 +128,6 @@ def model_config(source: PreTrainedModel | Any) -> ModelConfig:
         raise NotImplementedError(f"{type(model).__name__}: expected routers alike in every layer, found {kinds}")
     layers = [module for _, module in attention_layers(model)]
     num_experts, topk = kinds.pop() if kinds else (0, 1)
-    if not gates and _config_experts(config):
-        log.warning(
-            "%s: no router found for its %d experts, all blocks get the label 0",
-            type(model).__name__,
-            _config_experts(config),
-        )
     shapes = {_shapes(module, config) for module in layers}
     if len(shapes) > 1:
         raise NotImplementedError(f"{type(model).__name__}: expected the same heads in every layer, found {shapes}")
@@ -181,7 +172,8 @@ def _from_config(config: Any) -> ModelConfig:
     return ModelConfig.from_huggingface(config)
 
 
-def _config_experts(config: Any) -> int:
+def config_experts(config: Any) -> int:
+    """Routed experts that a config names; 0 for a dense model."""
     keys = ("num_local_experts", "num_experts", "n_routed_experts")
     return next((count for key in keys if (count := getattr(config, key, None))), 0)
 

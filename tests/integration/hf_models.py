@@ -35,6 +35,15 @@ MLA = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 12,
 }
+GROUPED = {
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
 LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "Mixtral": {**LOCAL, "sliding_window": None},
@@ -56,13 +65,52 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Mistral": {"sliding_window": 20},
     "Qwen3": {"head_dim": 16},
 }
+MORE_FAMILIES: dict[str, dict[str, Any]] = {
+    "Cohere2": {"sliding_window": 12},
+    "Dots1": {**GROUPED, "head_dim": 16},
+    "Ernie4_5_Moe": {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 32},
+    "Exaone4": {"sliding_window": 12},
+    "FlexOlmo": {"num_experts": 8, "num_experts_per_tok": 2},
+    "Gemma3Text": {"head_dim": 16, "sliding_window": 12},
+    "Glm4Moe": {**GROUPED, "head_dim": 16},
+    "Glm4MoeLite": {**MLA, "q_lora_rank": 24, "n_group": 1, "topk_group": 1},
+    "HunYuanMoEV1": {"num_experts": 8, "moe_topk": 2, "head_dim": 16},
+    "LongcatFlash": {
+        **{key: value for key, value in MLA.items() if key.endswith(("dim", "rank", "heads"))},
+        "num_layers": 2,
+        "ffn_hidden_size": 64,
+        "expert_ffn_hidden_size": 32,
+        "n_routed_experts": 8,
+        "zero_expert_num": 2,
+        "moe_topk": 2,
+        "q_lora_rank": 24,
+        "v_head_dim": 16,
+        "head_dim": 8,
+    },
+    "MiniMaxM2": {**LOCAL, "head_dim": 16, "rotary_dim": 8},
+    "Mistral4": {**MLA, "q_lora_rank": 24, "n_group": 1, "topk_group": 1},
+    "Olmo3": {"sliding_window": 12},
+    "Phi3": {},
+    "Qwen2": {},
+    "Qwen2Moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
+    "SmolLM3": {},
+}
+"""Families beside those that every test runs on."""
 
 
 def make(family: str, **changes: Any) -> PreTrainedModel:
     """A random model of a family, in eval mode, with weights large enough that attention has something to choose."""
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{**SHARED, **FAMILIES[family], **changes})
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    keys = {**SHARED, **(FAMILIES | MORE_FAMILIES)[family], **changes}
+    if "num_layers" in keys:
+        del keys["num_hidden_layers"]  # LongCat counts its layers otherwise
+    config = getattr(transformers, f"{family}Config")(**keys)
+    model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

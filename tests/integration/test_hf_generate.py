@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hf_models import FAMILIES, make, prompts
+from hf_models import FAMILIES, MORE_FAMILIES, make, prompts
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
@@ -53,6 +53,13 @@ def assert_equal_answers(models, ids, mask, **options) -> PiKVHFCache:
     torch.testing.assert_close(our_logits, logits, rtol=0, atol=1e-4)
     assert ours.get_seq_length() == theirs.get_seq_length()
     return ours
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_greedy_of_other_families(family):
+    ids, mask = prompts()
+    assert_equal_answers(Models(make(family), make(family)), ids, mask)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -78,6 +78,16 @@ def test_attach_and_detach(model):
         assert torch.equal(model(ids, attention_mask=mask).logits, before)
 
 
+def test_experts_without_a_router_are_said_once(caplog):
+    """LongCat's router chooses among more than its experts (some do nothing), so none is found by its shape."""
+    model = make("LongcatFlash")
+    caches = [PiKVHFCache(model, RUNTIME) for _ in range(2)]
+    assert [record.getMessage() for record in caplog.records if "pikv" in record.name] == [
+        "LongcatFlashForCausalLM: no router found for its 8 experts, all blocks get the label 0"
+    ]
+    assert caches[0].cache.model.num_experts == 0
+
+
 def test_a_failed_cache_leaves_the_model_as_it_was(model):
     with pytest.raises(ValueError, match=r"runtime\.window"):
         PiKVHFCache(model, {"window": 0})
