@@ -4,6 +4,7 @@ rank, and by DeepSpeed on PiKV.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ RUNTIME = {"window": 8, "sinks": 2, "block_size": 8, "max_tokens": 1024}
 INT8 = {**RUNTIME, "codec": {"keys": "int8", "values": "int8"}}
 BY_AUTOTP = ("Mixtral", "Qwen3Moe", "DeepseekV2", "DeepseekV3", "GraniteMoe")
 NOT_BY_AUTOTP = ("Olmoe", "Phimoe")
-BY_AUTOEP = ("Mixtral", "Qwen3Moe", "DeepseekV2", "DeepseekV3")
+BY_AUTOEP = ("Mixtral", "Qwen3Moe", "DeepseekV3")
 NEW = 64
 
 
@@ -22,14 +23,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "left padding": {},
     "no padding": {"padded": False},
     "sampling": {"do_sample": True, "top_k": 20, "temperature": 1.5},
+    "assisted": {"rows": 1, "prompt_lookup_num_tokens": 6, "max_matching_ngram_size": 1},
+    "beams": {"rows": 2, "num_beams": 4},
+}
+
+ALONE = ("left padding",)
+"""The one variant where not all are asked for."""
+BY_ENGINE = {
+    "AutoTP": (*ALONE, "no padding", "sampling", "assisted"),  # DeepSpeed's inference engine refuses beams
+    "AutoEP": (*ALONE, "no padding", "sampling", "beams"),
 }
 
 
 def generate(
-    by: Any, ids: torch.Tensor, mask: torch.Tensor, padded: bool = True, **options: Any
+    by: Any, ids: torch.Tensor, mask: torch.Tensor, padded: bool = True, rows: int = 3, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens, and the logits of each step [new, rows, vocabulary]; sampling is seeded."""
     torch.manual_seed(11)
+    ids, mask = ids[-rows:], mask[-rows:]
     mask = mask if padded else torch.ones_like(mask)
     options = {"max_new_tokens": NEW, "do_sample": False, "output_logits": True, **options}
     out = by.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)
@@ -48,7 +59,9 @@ def labels(cache: Any) -> list[tuple[int, int, int, int]]:
     return sorted(found)
 
 
-def compare(engine: Any, family: str, ids: torch.Tensor, mask: torch.Tensor, new: int = NEW) -> dict[str, Any]:
+def compare(
+    engine: Any, family: str, ids: torch.Tensor, mask: torch.Tensor, variants: Sequence[str], new: int = NEW
+) -> dict[str, Any]:
     """An engine's answers beside those of transformers' own cache; its labels beside PiKV's without DeepSpeed."""
     from pikv_megatron.integrations.huggingface import PiKVHFCache
 
@@ -58,9 +71,10 @@ def compare(engine: Any, family: str, ids: torch.Tensor, mask: torch.Tensor, new
             stock, ids, mask, max_new_tokens=new, past_key_values=DynamicCache(config=stock.config), **options
         )
         for variant, options in VARIANTS.items()
+        if variant in variants
     }
-    for variant, options in reversed(VARIANTS.items()):
-        tokens, logits = generate(engine, ids, mask, max_new_tokens=new, **options)
+    for variant in reversed(variants):  # left padding last: its cache is looked at below
+        tokens, logits = generate(engine, ids, mask, max_new_tokens=new, **VARIANTS[variant])
         same = torch.equal(tokens, stocks[variant][0])
         report[variant] = {"same": same, "worst": (logits - stocks[variant][1]).abs().max().item()}
     cache = engine.pikv_cache.cache
@@ -83,8 +97,8 @@ def compare(engine: Any, family: str, ids: torch.Tensor, mask: torch.Tensor, new
     }
 
 
-def tensor_parallel(ranks: int) -> dict[str, Any]:
-    """AutoTP over all ranks: the same call on each."""
+def tensor_parallel(ranks: int, whole: bool) -> dict[str, Any]:
+    """AutoTP over all ranks: the same call on each. whole: all variants, or one."""
     from pikv_megatron.integrations import deepspeed as host
 
     base = {"dtype": "fp32", "tensor_parallel": {"tp_size": ranks}}
@@ -92,7 +106,7 @@ def tensor_parallel(ranks: int) -> dict[str, Any]:
     report: dict[str, Any] = {}
     for family in BY_AUTOTP:
         engine = host.init_inference(make(family), {**base, "pikv": {"runtime": RUNTIME}})
-        report[family] = compare(engine, family, ids, mask)
+        report[family] = compare(engine, family, ids, mask, BY_ENGINE["AutoTP"] if whole else ALONE)
     for family in NOT_BY_AUTOTP:
         model = make(family)
         try:
@@ -106,8 +120,8 @@ def tensor_parallel(ranks: int) -> dict[str, Any]:
     return report
 
 
-def expert_parallel(ranks: int, rank: int) -> dict[str, Any]:
-    """AutoEP over all ranks: each has prompts of its own, and they end at different steps."""
+def expert_parallel(ranks: int, rank: int, whole: bool) -> dict[str, Any]:
+    """AutoEP over all ranks: each has prompts of its own, and they end at different steps. whole: as above."""
     from transformers.utils import output_capturing
 
     from pikv_megatron.integrations import deepspeed as host
@@ -119,7 +133,7 @@ def expert_parallel(ranks: int, rank: int) -> dict[str, Any]:
     report: dict[str, Any] = {}
     for family in BY_AUTOEP:
         engine, *_ = host.initialize(make(family), {**base, "pikv": {"runtime": RUNTIME}})
-        report[family] = compare(engine, family, ids, mask, NEW - 24 * rank)
+        report[family] = compare(engine, family, ids, mask, BY_ENGINE["AutoEP"] if whole else ALONE, NEW - 24 * rank)
         layers = host.autoep_layers(engine)
         report[family]["local experts"] = [layer.num_local_experts for layer in layers]
     report["registry restored"] = type(registry) is kind and entries.items() <= dict(registry).items()

@@ -1,6 +1,6 @@
 """One rank of test_deepspeed.py, under any launcher: does its checks and writes what it saw.
 
-Usage: deepspeed_worker.py [--local_rank N] OUTPUT
+Usage: deepspeed_worker.py [--local_rank N] OUTPUT all|one    (how many variants of generation)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ sys.path[:0] = [
 ]  # the deepspeed launcher starts scripts without their folder
 
 
-def main(output: str) -> None:
+def main(output: str, whole: bool) -> None:
     import deepspeed_moe_training
     import deepspeed_serving
     from deepspeed import comm
@@ -37,8 +37,8 @@ def main(output: str) -> None:
             "patched still": backend.build_shm_op is not built,
         },
         "moe training": deepspeed_moe_training.check(comm.get_world_size()),
-        "tensor parallel": deepspeed_serving.tensor_parallel(comm.get_world_size()),
-        "expert parallel": deepspeed_serving.expert_parallel(comm.get_world_size(), comm.get_rank()),
+        "tensor parallel": deepspeed_serving.tensor_parallel(comm.get_world_size(), whole),
+        "expert parallel": deepspeed_serving.expert_parallel(comm.get_world_size(), comm.get_rank(), whole),
     }
     Path(f"{output}.{comm.get_rank()}.json").write_text(json.dumps(report))
     comm.barrier()
@@ -49,4 +49,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--local_rank")
     parser.add_argument("output")
-    main(parser.parse_args().output)
+    parser.add_argument("variants", choices=("all", "one"))
+    args = parser.parse_args()
+    main(args.output, args.variants == "all")

@@ -36,12 +36,14 @@ VARIANTS = {
     "left padding": {},
     "no padding": {"padded": False},
     "sampling": {"do_sample": True, "top_k": 20, "temperature": 1.5},
+    "assisted": {"rows": 1, "prompt_lookup_num_tokens": 6, "max_matching_ngram_size": 1},
 }
 
 
-def generate(by, ids, mask, padded=True, **options):
+def generate(by, ids, mask, padded=True, rows=3, **options):
     """Tokens, and the logits of each step [new, rows, vocabulary]; sampling is seeded."""
     torch.manual_seed(11)
+    ids, mask = ids[-rows:], mask[-rows:]
     mask = mask if padded else torch.ones_like(mask)
     options = {"max_new_tokens": 64, "do_sample": False, "output_logits": True, **options}
     out = by.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)
@@ -61,7 +63,7 @@ def test_init_inference_generates_what_transformers_does(family):
         assert torch.equal(ours, tokens)
         torch.testing.assert_close(our_logits, logits, rtol=0, atol=1e-4)
         seen.append(engine.pikv_cache)
-        assert seen[-1].cache.stats()["tiers"]["device"]["blocks_used"] > 20
+        assert seen[-1].cache.stats()["tiers"]["device"]["blocks_used"] > 10
     assert len(set(map(id, seen))) == len(VARIANTS)  # one cache per call
 
 
