@@ -133,7 +133,7 @@ def _check_autotp(config: Any, tp_size: int) -> None:
 
 
 def _serve(engine: Any, generate: Callable[..., Any], runtime: RuntimeConfig, synced_gpus: bool = False) -> None:
-    """Puts a `generate` that makes its own cache in front of an engine's; attaches the model."""
+    """Puts a `generate` that makes its own cache in front of an engine's; the first cache attaches the model."""
 
     def generate_on_pikv(*inputs: Any, **kwargs: Any) -> Any:
         if kwargs.get("past_key_values") is None:

@@ -1,4 +1,4 @@
-"""What a rank does in test_deepspeed.py with `deepspeed.moe.layer.MoE`: trains, with hooks and without, and listens."""
+"""What a rank does in test_deepspeed_ranks.py with `deepspeed.moe.layer.MoE`: trains with hooks and without them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What a rank does in test_deepspeed.py with Hugging Face models: the same generation by transformers alone, on this
-rank, and by DeepSpeed on PiKV.
+"""What a rank does in test_deepspeed_ranks.py with Hugging Face models: the same generation by transformers alone, on
+this rank, and by DeepSpeed on PiKV.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One rank of test_deepspeed.py, under any launcher: does its checks and writes what it saw.
+"""One rank of test_deepspeed_ranks.py, under any launcher: does its checks and writes what it saw.
 
 Usage: deepspeed_worker.py [--local_rank N] OUTPUT all|one    (how many variants of generation)
 """
