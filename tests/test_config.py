@@ -418,9 +418,19 @@ def test_a_float_that_yaml_reads_as_text_gets_a_hint(tmp_path):
 def test_what_hugging_face_configs_say_of_attention():
     assert ModelConfig.from_huggingface({**HF, "query_pre_attn_scalar": 64}).scale == 0.125
     assert ModelConfig.from_huggingface({**HF, "attention_multiplier": 0.3}).scale == 0.3
-    assert ModelConfig.from_huggingface({**HF, "sliding_window": 128, "use_sliding_window": False}).scale == 0.25
-    with pytest.raises(ConfigError, match="sliding_window is 128"):
-        ModelConfig.from_huggingface({**HF, "sliding_window": 128})
+    with pytest.raises(ConfigError, match="layer_types has linear_attention; expected full_attention or sliding_atten"):
+        ModelConfig.from_huggingface({**HF, "layer_types": ["linear_attention", "full_attention"]})
+
+
+def test_sliding_windows_of_hugging_face_configs():
+    layers = HF["num_hidden_layers"]
+    assert ModelConfig.from_huggingface({**HF, "sliding_window": 128}).sliding_windows == (128,) * layers
+    assert ModelConfig.from_huggingface({**HF, "sliding_window": None}).sliding_windows is None
+    off = {**HF, "sliding_window": 128, "use_sliding_window": False}
+    assert ModelConfig.from_huggingface(off).sliding_windows is None
+    kinds = ["full_attention", *["sliding_attention"] * (layers - 1)]
+    mixed = ModelConfig.from_huggingface({**HF, "sliding_window": 128, "layer_types": kinds})
+    assert mixed.sliding_windows == (None, *[128] * (layers - 1))
 
 
 def test_a_dense_model_has_no_moe_layers():
