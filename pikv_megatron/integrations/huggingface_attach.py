@@ -17,6 +17,7 @@ from pikv_megatron.integrations.huggingface_current import NAME, current
 from pikv_megatron.integrations.huggingface_model import (
     Router,
     config_experts,
+    decoder_of,
     find_model,
     model_config,
     read_routing,
@@ -43,7 +44,7 @@ def is_attached(model: nn.Module) -> bool:
 def attach(model: nn.Module) -> None:
     """Switches a model's attention to PiKV and watches its routers; weights and state dict keys stay.
 
-    From then on the model runs with a `PiKVHFCache` only, until `detach`.
+    Forwards without a `PiKVHFCache` go on with the former attention. `detach` undoes it.
 
     Raises:
         RuntimeError: the model is attached already.
@@ -59,7 +60,12 @@ def attach(model: nn.Module) -> None:
         log.warning("%s: no router found for its %d experts, all blocks get the label 0", name, experts)
     implementation = config._attn_implementation
     hf_model.set_attn_implementation(NAME)
-    hooks = [router.gate.register_forward_hook(partial(_observe, router)) for router in found]
+    decoder = decoder_of(hf_model)
+    hooks = [
+        decoder.register_forward_pre_hook(partial(_before, config, implementation), with_kwargs=True),
+        decoder.register_forward_hook(partial(_after, config), always_call=True),
+    ]
+    hooks += [router.gate.register_forward_hook(partial(_observe, router)) for router in found]
     _attached[hf_model] = _Attached(implementation, hooks)
 
 
@@ -76,6 +82,18 @@ def detach(model: nn.Module) -> None:
     for hook in attached.hooks:
         hook.remove()
     hf_model.set_attn_implementation(attached.implementation)
+
+
+def _before(
+    config: Any, implementation: str, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Gives a forward without a cache of ours the model's former attention, masks and all."""
+    if getattr(kwargs.get("past_key_values"), "attention", None) != NAME:
+        config._attn_implementation = implementation
+
+
+def _after(config: Any, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    config._attn_implementation = NAME
 
 
 def _observe(router: Router, gate: nn.Module, args: tuple[Any, ...], output: Any) -> None:

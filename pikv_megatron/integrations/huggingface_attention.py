@@ -40,15 +40,15 @@ def pikv_attention(
         [batch, columns, heads, v_head_dim], zeros at pads; and None for the attention weights.
 
     Raises:
-        RuntimeError: no PiKVHFCache was given to the model, or gradients are asked for.
+        RuntimeError: the model is not attached, or gradients are asked for.
         NotImplementedError: attention that PiKV does not do.
         ValueError: an attention mask that does not fit; PoolFullError: no memory left. Nothing has changed then.
     """
     cache, current.writing, current.routed = current.writing, None, None
     if cache is None:
         raise RuntimeError(
-            "past_key_values: this model is on PiKV and needs a PiKVHFCache; pass one (with use_cache=True), or "
-            "call pikv_megatron.integrations.huggingface.detach(model)"
+            f"attn_implementation: {NAME!r} is for attached models, with a PiKVHFCache as past_key_values (by name); "
+            "call pikv_megatron.integrations.huggingface.attach(model)"
         )
     layer_id: int = module.layer_idx  # type: ignore[assignment]
     given = cache.start(layer_id)

@@ -62,6 +62,9 @@ class PiKVHFCache(Cache):
     stored; attention returns zeros for them.
     """
 
+    attention = NAME
+    """The attention that this cache is for."""
+
     def __init__(self, source: nn.Module | Any, runtime: RuntimeConfig | Source | None = None) -> None:
         if isinstance(source, nn.Module):
             model = find_model(source)

@@ -60,6 +60,15 @@ def attention_layers(model: PreTrainedModel) -> list[tuple[str, Any]]:
     return sorted(found, key=lambda item: item[1].layer_idx)
 
 
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The module that runs the decoder's layers, whoever calls it: the parent of their list."""
+    path = attention_layers(model)[0][0].split(".")
+    for depth in range(len(path)):
+        if isinstance(model.get_submodule(".".join(path[: depth + 1])), nn.ModuleList):
+            return model.get_submodule(".".join(path[:depth]))
+    raise NotImplementedError(f"{type(model).__name__}: expected its layers in a ModuleList, found {'.'.join(path)}")
+
+
 def routers(model: PreTrainedModel) -> list[Router]:
     """The routers of the model's MoE layers, in the layers' order.
 

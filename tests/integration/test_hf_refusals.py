@@ -74,7 +74,7 @@ def test_attach_and_detach(model):
         hooks = sum(len(module._forward_hooks) for module in model.modules())
         detach(model)
         assert not is_attached(model)
-        assert hooks == 3 and not any(module._forward_hooks for module in model.modules())
+        assert hooks == 3 + 1 and not any(module._forward_hooks for module in model.modules())
         assert torch.equal(model(ids, attention_mask=mask).logits, before)
 
 
@@ -119,14 +119,31 @@ def test_another_attention_under_our_cache_is_found_before_a_wrong_answer(layers
         [stranger(ids, past_key_values=cache) for _ in range(2)]
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("given", [{}, {"use_cache": False}, {"past_key_values": "dynamic"}])
-def test_our_attention_without_our_cache(model, given):
-    attach(model)
-    if given.get("past_key_values"):
-        given = {"past_key_values": DynamicCache(config=model.config)}
-    with pytest.raises(RuntimeError, match="needs a PiKVHFCache"):
-        model(prompts()[0], **given)
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_an_attached_model_without_our_cache_is_as_before(family):
+    """Also with another cache, with gradients, behind a forward with ours, and behind one that fails."""
+    stock, ours = make(family), make(family)
+    attach(ours)
+    ids, mask = prompts()
+    for options in ({}, {"use_cache": False}, {"past_key_values": DynamicCache}):
+        made = [{k: v(config=stock.config) if callable(v) else v for k, v in options.items()} for _ in range(2)]
+        theirs, mine = (m(ids, attention_mask=mask, **o) for m, o in zip((stock, ours), made, strict=True))
+        assert torch.equal(mine.logits, theirs.logits)
+    mine.logits.sum().backward()
+    theirs.logits.sum().backward()
+    assert torch.equal(ours.lm_head.weight.grad, stock.lm_head.weight.grad)
+    with torch.no_grad():
+        ours(ids, attention_mask=mask, past_key_values=PiKVHFCache(ours, RUNTIME))
+    with pytest.raises(IndexError):
+        ours(ids + 1000)
+    assert ours.config._attn_implementation == "pikv"
+    assert torch.equal(ours(ids, attention_mask=mask).logits, theirs.logits)
+
+
+def test_our_attention_on_a_model_that_is_not_attached(model):
+    model.set_attn_implementation("pikv")
+    with pytest.raises(RuntimeError, match=r"attn_implementation: 'pikv' is for attached models"):
+        model(prompts()[0])
 
 
 def test_gradients_and_training_are_refused(model):
