@@ -14,7 +14,7 @@ from transformers import DynamicCache
 RUNTIME = {"window": 8, "sinks": 2, "block_size": 8, "max_tokens": 1024}
 INT8 = {**RUNTIME, "codec": {"keys": "int8", "values": "int8"}}
 BY_AUTOTP = ("Mixtral", "Qwen3Moe", "DeepseekV2", "DeepseekV3", "GraniteMoe")
-NOT_BY_AUTOTP = ("Olmoe", "Phimoe")
+NOT_BY_AUTOTP = ("Olmoe", "Phimoe", "GptOss")
 BY_AUTOEP = ("Mixtral", "Qwen3Moe", "DeepseekV3")
 NEW = 64
 

@@ -97,7 +97,7 @@ def test_autotp_generates_what_one_rank_does_with_half_the_cache_each(ranks, var
 def test_autotp_refuses_by_name_what_it_would_get_wrong(ranks):
     for report in ranks:
         seen = report["tensor parallel"]
-        for family, model_type in (("Olmoe", "olmoe"), ("Phimoe", "phimoe")):
+        for family, model_type in (("Olmoe", "olmoe"), ("Phimoe", "phimoe"), ("GptOss", "gpt_oss")):
             assert seen[family].startswith("tensor_parallel.tp_size: AutoTP") and model_type in seen[family]
         assert seen["one KV head"] == "tensor_parallel.tp_size: expected a divisor of the 1 KV heads, got 2"
 
