@@ -16,8 +16,9 @@ BUDGET = {"budget": {"policy": "uniform", "first_layer_tokens": 100, "over_budge
 def _window(sinks=2, window=6, block_size=4, importance=False, **model):
     config = model_config(**model)
     budget = BUDGET if importance else {}
-    buffer = WindowBuffer(config, runtime_config(sinks=sinks, window=window, block_size=block_size, **budget))
-    return config, buffer, LayerWindow(buffer, 1, sinks)
+    runtime = runtime_config(sinks=sinks, window=window, block_size=block_size, **budget)
+    buffer = WindowBuffer(config, runtime, 0)
+    return config, buffer, LayerWindow(buffer, 1)
 
 
 @pytest.mark.parametrize("importance", [False, True])
@@ -86,7 +87,7 @@ def test_the_oldest_are_seen_where_they_are(pieces):
 
 def test_slots_do_not_touch_each_other():
     model, buffer, tokens = _window()
-    other = LayerWindow(buffer, 0, 2)
+    other = LayerWindow(buffer, 0)
     other.append(*random_kv(model, 5, generator(5)))
     before = other.read().clone()
     for _ in range(20):
