@@ -15,7 +15,8 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
 from pikv_megatron import PiKVCache
-from pikv_megatron.integrations.huggingface import PiKVHFCache
+from pikv_megatron.config_io import ConfigError
+from pikv_megatron.integrations.huggingface import PiKVHFCache, model_config
 from pikv_megatron.integrations.huggingface_model import routers
 
 RUNTIME = {"window": 8, "sinks": 2, "block_size": 8, "max_tokens": 4096}
@@ -60,6 +61,15 @@ def assert_equal_answers(models, ids, mask, **options) -> PiKVHFCache:
 def test_greedy_of_other_families(family):
     ids, mask = prompts()
     assert_equal_answers(Models(make(family), make(family)), ids, mask)
+
+
+def test_a_config_says_what_the_model_is(models):
+    """Where it can: MLA's shapes are the model's to tell."""
+    if "Deepseek" in type(models.stock).__name__:
+        with pytest.raises(ConfigError, match="pass the model itself"):
+            model_config(models.stock.config)
+    else:
+        assert model_config(models.stock.config) == model_config(models.stock)
 
 
 @pytest.mark.parametrize("padded", [False, True])
