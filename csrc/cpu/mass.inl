@@ -1,7 +1,8 @@
 // Reading tokens in the order of their ranks until no query row misses more than a given share of its softmax. One KV
 // head at a time; included by kernels.inl.
 
-// Tokens in the order of their ranks (none negative): runs of them, each below those before it.
+// Tokens in the order of their ranks (none negative): runs of them, each below those before it. Ranks are compared by
+// their bits, which order NaN like any other number: it has no place, but it must do no harm.
 class RankOrder {
  public:
   RankOrder(const float* rank, int64_t count) : rank_(rank), begin_(kBuckets + 1, 0), order_(count) {
@@ -19,13 +20,14 @@ class RankOrder {
   // The best first, and the first of equals.
   void sort(int32_t* tokens, int64_t count) const {
     std::sort(tokens, tokens + count, [this](int32_t a, int32_t b) {
-      return rank_[a] != rank_[b] ? rank_[a] > rank_[b] : a < b;
+      return bits(a) != bits(b) ? bits(a) > bits(b) : a < b;
     });
   }
 
  private:
   static constexpr int64_t kBuckets = 1 << 15;
-  int64_t bucket(int64_t i) const { return kBuckets - 1 - (bit_cast<uint32_t>(rank_[i]) >> 16); }
+  uint32_t bits(int64_t i) const { return bit_cast<uint32_t>(rank_[i]) & 0x7fffffffu; }
+  int64_t bucket(int64_t i) const { return kBuckets - 1 - (bits(i) >> 16); }
   const float* rank_;
   std::vector<int32_t> begin_, order_;
   int64_t done_ = 0, next_ = 0;

@@ -36,6 +36,7 @@ void score_tokens(const Tensor& q, const MaybeTensor& k, const Tensor& k_high, c
 
 void score_blocks(const Tensor& q, const Tensor& k_scale, const Tensor& k_zero, int64_t bits, const Tensor& block_ids,
                   double softmax_scale, Tensor bound, Tensor centre, Tensor spread) {
+  STD_TORCH_CHECK(bits == 2 || bits == 4 || bits == 8, "bits: expected 2, 4 or 8, got ", bits);
   const std::vector<float> queries = padded_queries(q, static_cast<float>(softmax_scale));
   const int64_t groups = q.size(0), rows = q.size(1), dim = q.size(2), stride = padded(dim);
   check("k_scale", k_scale, ScalarType::Half, {-1, groups, dim});

@@ -56,6 +56,15 @@ inline bool rows_follow(const Tensor& x) {
          ((channels == 1 || x.stride(last) == 1) && (x.size(last - 1) == 1 || x.stride(last - 1) == channels));
 }
 
+// Checks the bits of planes that the kernels can read, and that rows of them are whole bytes.
+inline void check_planes(const char* name, int64_t hi_bits, int64_t lo_bits, int64_t channels, int64_t widest) {
+  STD_TORCH_CHECK((hi_bits == 2 || hi_bits == 4 || hi_bits == 8) && hi_bits <= widest &&
+                      (lo_bits == 0 || (lo_bits == hi_bits && hi_bits < 8)),
+                  name, ": no kernel has planes of ", hi_bits, " and ", lo_bits, " bits");
+  STD_TORCH_CHECK(channels * hi_bits % 8 == 0, name, ": expected channels whose codes of ", hi_bits,
+                  " bits fill bytes, got ", channels);
+}
+
 template <class T>
 const T* data(const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); }
 template <class T>
@@ -79,6 +88,7 @@ struct KeyArguments {
       keys.raw = raw->const_data_ptr();
     }
     if (high) {
+      check_planes("keys", hi_bits, lo_bits, dim, 4);
       check("k_high", *high, ScalarType::Byte, {blocks, groups, tokens, dim * hi_bits / 8});
       STD_TORCH_CHECK(scale && zero, "k_scale, k_zero: expected beside k_high");
       check("k_scale", *scale, ScalarType::Half, {blocks, groups, dim});
@@ -108,6 +118,7 @@ struct ValueArguments {
       check("v", *raw, raw->scalar_type(), {-1, groups, tokens, dim});
       values.raw = raw->const_data_ptr();
     } else {
+      check_planes("values", bits, 0, dim, 8);
       check("v_codes", *codes, ScalarType::Byte, {-1, groups, tokens, dim * bits / 8});
       STD_TORCH_CHECK(scale && zero, "v_scale, v_zero: expected beside v_codes");
       check("v_scale", *scale, ScalarType::Half, {-1, groups, tokens});
@@ -159,8 +170,13 @@ struct BlockCodes {
              const MaybeTensor& low, const Tensor& scale, const Tensor& zero) {
     STD_TORCH_CHECK(x.is_contiguous() && x.dim() >= 2, "x: expected a contiguous tensor [..., tokens, channels]");
     rows = x.size(x.dim() - 2), cols = x.size(x.dim() - 1), matrices = x.numel() / std::max<int64_t>(1, rows * cols);
+    check_planes("x", hi_bits, lo_bits, cols, 8);
     scales = per_channel ? cols : rows;
     high_bytes = rows * cols * hi_bits / 8, low_bytes = rows * cols * lo_bits / 8;
+    STD_TORCH_CHECK(high.scalar_type() == ScalarType::Byte && (!low || low->scalar_type() == ScalarType::Byte),
+                    "high, low: expected uint8");
+    STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Half && zero.scalar_type() == ScalarType::Half,
+                    "scale, zero: expected float16");
     STD_TORCH_CHECK(high.is_contiguous() && high.numel() == matrices * high_bytes, "high: unexpected size");
     STD_TORCH_CHECK((lo_bits == 0) == !low, "low: expected exactly where lo_bits is not 0");
     STD_TORCH_CHECK(!low || (low->is_contiguous() && low->numel() == matrices * low_bytes), "low: unexpected size");

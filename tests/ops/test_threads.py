@@ -1,0 +1,109 @@
+"""What is split over threads is put together again: every op that splits its work, with several threads, against plain
+torch. (The other tests run with one thread, where an attention is a single piece.)
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from stored import random_store
+
+from pikv_megatron.ops import reference
+
+GROUPS, HEADS, SIZE, DIM, VALUE_DIM, BLOCKS = 3, 5, 16, 64, 32, 70
+SCALE = DIM**-0.5
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["none", "int8", "int2"])
+def held(request):
+    return random_store(BLOCKS, GROUPS, SIZE, DIM, VALUE_DIM, request.param, seed=1)
+
+
+@pytest.fixture
+def q():
+    return 4 * torch.randn(GROUPS, HEADS, DIM, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def ids():
+    return torch.randperm(BLOCKS, generator=torch.Generator().manual_seed(3))
+
+
+def _equal(mine, truth) -> None:
+    """Up to float32 rounding of sums in another order; -inf where it is -inf."""
+    for got, expected in zip(mine, truth, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * max(1.0, _size(expected)))
+
+
+def _size(x: torch.Tensor) -> float:
+    return x.where(x.isfinite(), 0.0).abs().max().item()
+
+
+def test_attention_over_blocks(ops, held, q, ids):
+    arguments = (q, held.keys, held.values, ids, SCALE)
+    _equal(ops.attend_blocks(*arguments), reference.attend_blocks(*arguments))
+
+
+def test_attention_over_blocks_by_position(ops, held, q, ids):
+    """The oldest query sees a part of one piece, so the other pieces have nothing to say about it."""
+    key_positions = (ids * SIZE).unsqueeze(1) + torch.arange(SIZE)
+    query_positions = torch.tensor([5, 100, 500, 900, BLOCKS * SIZE])
+    arguments = (q, held.keys, held.values, ids, SCALE, key_positions, query_positions)
+    _equal(ops.attend_blocks(*arguments), reference.attend_blocks(*arguments))
+
+
+def test_attention_of_several_requests(ops, held, ids):
+    q = 4 * torch.randn(4, GROUPS, HEADS, DIM, generator=torch.Generator().manual_seed(4))
+    arguments = (q, held.keys, held.values, ids, torch.tensor([0, 3, 3, 60, BLOCKS]), SCALE)
+    _equal(ops.attend_ragged(*arguments), reference.attend_ragged(*arguments))
+
+
+def test_attention_over_tokens(ops, held, q):
+    rng = torch.Generator().manual_seed(5)
+    places = torch.stack([torch.randperm(BLOCKS * SIZE, generator=rng)[:1000] for _ in range(GROUPS)])
+    for read in (None, torch.rand(GROUPS, 1000, generator=rng) < 0.3):
+        arguments = (q, held.keys, held.values, places // SIZE, places % SIZE, SCALE, read)
+        _equal(ops.attend_tokens(*arguments), reference.attend_tokens(*arguments))
+
+
+def test_scores_logits_and_importance(ops, held, q, ids):
+    lists = torch.stack([ids, ids.flip(0), ids.roll(5)])
+    for chosen in (ids, lists):
+        arguments = (q, held.keys, chosen, SCALE)
+        _equal(ops.score_tokens(*arguments), reference.score_tokens(*arguments))
+    arguments = (q, held.keys, ids, SCALE)
+    _equal(ops.score_blocks(*arguments), reference.score_blocks(*arguments))
+    logits = reference.key_logits(*arguments)
+    _equal([ops.key_logits(*arguments)], [logits])
+    lse = logits.logsumexp(-1)
+    importance = [x.token_importance(q, lse, held.keys, ids, SCALE) for x in (ops, reference)]
+    torch.testing.assert_close(*importance, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes(ops, dtype):
+    x = torch.randn(50, GROUPS, 32, 128, generator=torch.Generator().manual_seed(6)).to(dtype)
+    for hi, lo, per_channel in ((4, 4, True), (2, 2, True), (8, 0, False)):
+        planes, truth = (lib.quantize_block(x, hi, lo, per_channel=per_channel) for lib in (ops, reference))
+        assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(planes, truth, strict=True))
+        decoded = [lib.dequantize_block(*truth, hi, lo, per_channel=per_channel) for lib in (ops, reference)]
+        torch.testing.assert_close(*decoded, rtol=1e-6, atol=1e-6)
+
+
+def test_append(ops, ids):
+    rng = torch.Generator().manual_seed(7)
+    pools = [random_store(BLOCKS, GROUPS, SIZE, DIM, VALUE_DIM, "int8", seed=8) for _ in range(2)]
+    new_k = torch.randn(60, GROUPS, SIZE, DIM, generator=rng)
+    new_v = torch.randn(60, GROUPS, SIZE, VALUE_DIM, generator=rng)
+    for lib, pool in zip((ops, reference), pools, strict=True):
+        lib.append(pool.keys, pool.values, ids[:60], new_k, new_v)
+    mine, truth = ((*pool.keys[1:5], *pool.values[1:4]) for pool in pools)
+    assert all(torch.equal(a, b) for a, b in zip(mine, truth, strict=True))
