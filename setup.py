@@ -33,9 +33,19 @@ SOURCES = [
 FLAGS = ["-O3", "-std=gnu++20", "-fvisibility=hidden", "-Wall"]
 # torch's stable ABI as of 2.13: the library serves every later version; Python it does not touch at all.
 MACROS = [("TORCH_TARGET_VERSION", "0x020d000000000000")]
-REQUIRED = os.environ.get("PIKV_REQUIRE_EXT") == "1"
+
+
+def choice(name: str, *known: str) -> str:
+    """An environment variable that is one of `known`; unset or empty, the first of them."""
+    value = os.environ.get(name) or known[0]
+    if value not in known:
+        raise SystemExit(f"pikv_megatron: {name}: expected one of {', '.join(known)}, got {value!r}")
+    return value
+
+
+REQUIRED = choice("PIKV_REQUIRE_EXT", "0", "1") == "1"
 CUDA_OPS = "pikv_megatron._ops_cuda"
-CUDA_CHOICE = os.environ.get("PIKV_CUDA", "auto")
+CUDA_CHOICE = choice("PIKV_CUDA", "auto", "0", "1")
 CUDA_ARCHITECTURES = ("80", "90a", "100a")  # those of them that nvcc knows
 
 # How a compiler that is missing or fails shows: by what BuildExtension raises when it asks for its version, and by what

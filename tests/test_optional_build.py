@@ -65,6 +65,14 @@ def test_required_ops_that_cannot_be_built_are_an_error(tree):
     assert "the compiled ops cannot be built and PIKV_REQUIRE_EXT=1" in done.stderr
 
 
+@pytest.mark.parametrize(("name", "value"), [("PIKV_REQUIRE_EXT", "yes"), ("PIKV_CUDA", "on")])
+def test_a_choice_that_is_none_is_refused(tree, name, value):
+    """Else who demands the ops, and misspells it, gets plain torch."""
+    done = run(tree, "setup.py", "--version", **{name: value})
+    assert done.returncode == 1
+    assert re.fullmatch(rf"pikv_megatron: {name}: expected one of .+, got '{value}'\n", done.stderr)
+
+
 @pytest.mark.parametrize("variables", [{"PIKV_OPS": "avx2"}, {"PIKV_REQUIRE_EXT": "1"}])
 def test_kernels_that_are_asked_for_but_not_built_are_an_import_error(tree, variables):
     done = run(tree, "-c", "from pikv_megatron import PiKVCache", **variables)
