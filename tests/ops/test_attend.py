@@ -146,7 +146,7 @@ def test_key_logits_and_attend_masked(ops, codec, shape):
     _close(partial, dense_rows(q, k, v, dim**-0.5, read.unsqueeze(1).expand(-1, heads, -1)))
 
 
-@pytest.mark.parametrize(("keys", "query_tokens"), [(40, 1), (40, 7), (40, 40), (1, 1), (700, 600)])
+@pytest.mark.parametrize(("keys", "query_tokens"), [(40, 1), (40, 7), (40, 40), (1, 1), (150, 16), (700, 600)])
 def test_attend_window(ops, shape, keys, query_tokens):
     groups, heads, dim, value_dim = shape
     rng = _rng(13)
@@ -189,6 +189,19 @@ def test_attend_at(ops, shape):
     k, v = torch.randn(groups, 6, dim, generator=rng), torch.randn(groups, 6, value_dim, generator=rng)
     seen = key_positions <= query_positions.unsqueeze(1)
     assert seen[:4].sum(1).tolist() == [0, 2, 4, 6]
+    partial = ops.attend_at(q, k, v, key_positions, query_positions, dim**-0.5)
+    _close(partial, dense_rows(q, k, v, dim**-0.5, seen))
+
+
+def test_attend_at_of_many_keys(ops, shape):
+    """More than are taken in at a time, in no order: every query's newest keys lie all over."""
+    groups, heads, dim, value_dim = shape
+    rng = _rng(21)
+    key_positions = torch.randperm(200, generator=rng)
+    query_positions = torch.tensor([0, 90, 199]).repeat(heads)
+    q = torch.randn(groups, 3 * heads, dim, generator=rng)
+    k, v = torch.randn(groups, 200, dim, generator=rng), torch.randn(groups, 200, value_dim, generator=rng)
+    seen = key_positions <= query_positions.unsqueeze(1)
     partial = ops.attend_at(q, k, v, key_positions, query_positions, dim**-0.5)
     _close(partial, dense_rows(q, k, v, dim**-0.5, seen))
 

@@ -186,10 +186,10 @@ def test_token_importance_is_the_attention_received(ops, codec, heads):
     torch.testing.assert_close(importance.double(), weights.sum((0, 1)).view(3, 16), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("query_tokens", [1, 3, 20])
-def test_window_importance_is_causal(ops, query_tokens):
-    rng = torch.Generator().manual_seed(13)
-    heads, size = 2, 20
+@pytest.mark.parametrize(("size", "query_tokens"), [(20, 1), (20, 3), (20, 20), (150, 5), (150, 100)])
+def test_window_importance_is_causal(ops, size, query_tokens):
+    """Of few keys, and of more than are taken in at a time."""
+    rng, heads = torch.Generator().manual_seed(13), 2
     q, k = torch.randn(2, heads * query_tokens, 16, generator=rng), torch.randn(2, size, 16, generator=rng)
     places = torch.arange(size)
     seen = (places <= places[size - query_tokens :, None]).repeat(heads, 1)
