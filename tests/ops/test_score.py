@@ -8,6 +8,8 @@ import pytest
 import torch
 from stored import dense_rows, random_store, rows_of, store
 
+from pikv_megatron.ops import reference
+
 CODECS = ("none", "int8", "int4", "int2")
 SCALE = 16**-0.5
 
@@ -122,6 +124,16 @@ def test_token_radius_is_never_exceeded(ops, keys, codec, q):
     off = (_true_logits(q, held.k) - scores.coarse.double()).abs()
     radius = scores.radius.double().unsqueeze(-1)
     assert (off <= radius).all(), f"exceeded by {(off - radius).max()}"
+
+
+def test_radius_and_spread_are_the_references(ops, keys, codec, q):
+    """What they add for rounding is too little for any key to miss it; no spread exceeds its radius."""
+    held = store(keys, keys, codec)
+    ids = torch.arange(len(keys))
+    mine, truth = (lib.score_tokens(q, held.keys, ids, SCALE) for lib in (ops, reference))
+    torch.testing.assert_close(mine.radius, truth.radius, rtol=1e-5, atol=0)
+    torch.testing.assert_close(mine.spread, truth.spread, rtol=1e-5, atol=0)
+    assert (mine.spread <= mine.radius).all()
 
 
 @pytest.mark.parametrize(("codec", "steps"), [("none", 0.5), ("int8", 7.5), ("int4", 1.5), ("int2", 0.0)])
