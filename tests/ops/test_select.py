@@ -142,6 +142,18 @@ def test_mass_of_next_to_nothing_reads_everything(ops, codec):
     assert read.all()
 
 
+def test_mass_reads_the_first_of_equals(ops):
+    """All keys alike: what is read are the first tokens, in the order of the list."""
+    held = store(torch.ones(20, 1, 16, 32), torch.randn(20, 1, 16, 16, generator=_rng(10)), "int8")
+    q, ids = torch.ones(1, 2, 32), torch.arange(20)
+    scores = ops.score_tokens(q, held.keys, ids, SCALE)
+    nothing = torch.full((1, 2), -math.inf)
+    _, read = ops.attend_mass(q, [(held.keys, held.values, ids)], [scores], 1.0, nothing, 0.5, SCALE)
+    count = int(read.sum())
+    assert 150 <= count <= 170
+    assert read[0, :count].all()
+
+
 def test_mass_finds_a_needle_and_stops(ops, codec):
     """One key in thousands has nearly all of the softmax: little is read, and it is among it."""
     k = 0.01 * torch.randn(300, 1, 16, 32, generator=_rng(8))
