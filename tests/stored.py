@@ -10,7 +10,7 @@ from torch import Tensor
 from pikv_megatron.compressor import KEY_PLANES
 from pikv_megatron.config import CODE_BITS
 from pikv_megatron.ops import reference
-from pikv_megatron.ops.reference import Keys, Values
+from pikv_megatron.ops.reference import Keys, LowRank, Values
 
 
 class Stored(NamedTuple):
@@ -45,6 +45,33 @@ def random_store(
     k = torch.randn(blocks, groups, size, dim, generator=rng) + 2 * torch.randn(1, groups, 1, dim, generator=rng)
     v = torch.randn(blocks, groups, size, value_dim, generator=rng)
     return store(k.to(dtype), v.to(dtype), codec)
+
+
+def random_part(blocks: int, groups: int, size: int, channels: int, rank: int, bases: int, seed: int = 0) -> LowRank:
+    """A low-rank part of normal factors and small bases, which blocks have at random."""
+    rng = torch.Generator().manual_seed(seed)
+    factors = torch.randn(blocks, groups, size, rank, generator=rng)
+    codes, _, scale, zero = reference.quantize_block(factors, 8, 0, per_channel=True)
+    basis = 0.3 * torch.randn(bases, groups, rank, channels, generator=rng)
+    return LowRank(codes, scale, zero, basis, torch.randint(0, bases, (blocks,), generator=rng))
+
+
+def with_parts(held: Stored, rank_k: int, rank_v: int, bases: int) -> Stored:
+    """The same blocks with a low-rank part beside keys and values; of rank 0 there is none."""
+    blocks, groups, size, dim = held.k.shape
+    keys, values, k, v = held
+    if rank_k:
+        part = random_part(blocks, groups, size, dim, rank_k, bases, seed=1)
+        keys, k = keys._replace(low_rank=part), k + _added(part)
+    if rank_v:
+        part = random_part(blocks, groups, size, held.v.shape[-1], rank_v, bases, seed=2)
+        values, v = values._replace(low_rank=part), v + _added(part)
+    return Stored(keys, values, k, v)
+
+
+def _added(part: LowRank) -> Tensor:
+    factors = part.codes.double() * part.scale.double().unsqueeze(2) + part.zero.double().unsqueeze(2)
+    return torch.einsum("ngbr,ngrc->ngbc", factors, part.basis[part.basis_of].double())
 
 
 def rows_of(stored: Stored, block_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,8 @@ struct Tokens {
   int64_t row, count;
   const int64_t* positions;  // [count] or null
   Ahead* ahead;              // or null
+  const Factors *k_factors = nullptr, *v_factors = nullptr;  // where there is a low-rank part
+  FactorSums* sums = nullptr;
 };
 
 // The block's scale folds into q, its zero into a constant: tile.scaled_q [NR, padded(D)], offset [NR], and scaled_q's
@@ -75,6 +77,7 @@ void absorb_logits(Tile& tile, const Tokens& tokens, const int64_t* query_positi
   const int64_t width = padded(tokens.count);
   float* weights = tile.weights.data();
   float fade[NR], zero[NR], most[NR];
+  if (tokens.v_factors && static_cast<int64_t>(tile.shares.size()) < 4 * width) tile.shares.resize(4 * width);
   for (int r = 0; r < NR; ++r) {
     float* row = weights + r * width;
     fade[r] = 1.0f, zero[r] = most[r] = 0.0f;
@@ -87,6 +90,7 @@ void absorb_logits(Tile& tile, const Tokens& tokens, const int64_t* query_positi
     const float high = std::max(partial.high[r], largest(highest));
     if (high == kMinusInf) {  // nothing seen yet, nothing to see here
       std::memset(row, 0, width * sizeof(float));
+      if (tokens.v_factors) std::memset(tile.shares.data() + r * width, 0, width * sizeof(float));
       continue;
     }
     if (partial.high[r] != high) fade[r] = std::exp(partial.high[r] - high);
@@ -94,6 +98,7 @@ void absorb_logits(Tile& tile, const Tokens& tokens, const int64_t* query_positi
     for (int64_t t = 0; t < width; t += W) {
       Vec weight = exp_negative(load(row + t) - splat(high));
       total += weight;
+      if (tokens.v_factors) store(tile.shares.data() + r * width + t, weight);
       if (!tokens.values.raw) {
         zeros += weight * load(tile.v_zero.data() + t);
         weight *= load(tile.v_scale.data() + t);
@@ -106,6 +111,7 @@ void absorb_logits(Tile& tile, const Tokens& tokens, const int64_t* query_positi
     zero[r] = sum(zeros), most[r] = largest(heaviest);
   }
   weigh_values<NR>(tile, tokens, width, most, fade, zero, partial.out);
+  if (tokens.v_factors) tokens.sums->add<NR>(*tokens.v_factors, tile.shares.data(), width, tokens.count, partial.high);
 }
 
 // Calls f for four rows at a time: f<NR>(first).
@@ -124,6 +130,9 @@ void absorb_rows(const float* q, int64_t rows, Tile& tile, const Tokens& tokens,
   const int64_t q_stride = padded(tokens.keys.dim), value_dim = tokens.values.dim;
   by_rows(rows, [&]<int NR>(int64_t r) {
     logits_of<NR>(q + r * q_stride, q_stride, tile, tokens, tile.weights.data(), padded(tokens.count));
+    if (tokens.k_factors)
+      add_factor_logits<NR>(*tokens.keys.low_rank, *tokens.k_factors, tokens.keys.groups, rows, r, tile, tokens.count,
+                            tile.weights.data(), padded(tokens.count));
     absorb_logits<NR>(tile, tokens, query_positions ? query_positions + r : nullptr,
                       {partial.out + r * value_dim, partial.high + r, partial.total + r});
   });
@@ -147,6 +156,8 @@ void fetch_ahead(const Keys& keys, const Values& values, int64_t id, int64_t hea
   }
   plane(values.raw, values.dim * (values.dtype == Dtype::kFloat32 ? 4 : 2));
   plane(values.codes, values.dim * values.bits / 8);
+  plane(keys.low_rank ? keys.low_rank->codes : nullptr, keys.low_rank ? keys.low_rank->rank : 0);
+  plane(values.low_rank ? values.low_rank->codes : nullptr, values.low_rank ? values.low_rank->rank : 0);
   ahead.values_follow();
 }
 
@@ -208,6 +219,9 @@ void attend_blocks(const float* q, int64_t rows, const Keys& keys, const Values&
   const int64_t tokens = keys.block_size, groups = keys.groups;
   Tile& tile = scratch(tokens, keys.dim, values.dim);
   Ahead ahead;
+  FactorSums sums(values, rows, groups, 0, partial);  // goes last, when the output is in its own order again
+  fit_factors(keys.low_rank, tokens, tile.k_factors, tile.k_basis);
+  fit_factors(values.low_rank, tokens, tile.v_factors, tile.v_basis);
   const OutOrder order(values, partial.out, groups * rows);
   for (int64_t i = 0; i < count; ++i)
     for (int64_t head = 0; head < groups; ++head) {
@@ -216,7 +230,18 @@ void attend_blocks(const float* q, int64_t rows, const Keys& keys, const Values&
       const int64_t row = (ids[i] * groups + head) * tokens;
       const float* k = ready_keys(keys, ids[i], head, tile);
       const float* v = ready_values(values, row, tokens, tile);
-      const Tokens block{k, v, keys, values, row, tokens, key_positions ? key_positions + i * tokens : nullptr, &ahead};
+      Tokens block{k, v, keys, values, row, tokens, key_positions ? key_positions + i * tokens : nullptr, &ahead};
+      Factors of_keys, of_values;
+      if (keys.low_rank) {
+        factor_rows(*keys.low_rank, groups, tokens, ids[i], head, 0, tokens, tile, tile.k_factors.data());
+        of_keys = {tile.k_factors.data(), keys.low_rank->basis_of + ids[i], true, head};
+        block.k_factors = &of_keys;
+      }
+      if (values.low_rank) {
+        factor_rows(*values.low_rank, groups, tokens, ids[i], head, 0, tokens, tile, tile.v_factors.data());
+        of_values = {tile.v_factors.data(), values.low_rank->basis_of + ids[i], true, head};
+        block.v_factors = &of_values, block.sums = &sums;
+      }
       absorb_rows(q + head * rows * padded(keys.dim), rows, tile, block, query_positions,
                   {partial.out + head * rows * values.dim, partial.high + head * rows, partial.total + head * rows});
     }
@@ -260,10 +285,21 @@ void attend_tokens(const float* q, int64_t rows, const Keys& keys, const Values&
   const int64_t dim = keys.dim, value_dim = values.dim;
   Tile& tile = scratch(kTokens, dim, value_dim);
   int64_t held = 0, block = -1;
+  FactorSums sums(values, rows, 1, head, partial);
+  fit_factors(keys.low_rank, kTokens, tile.k_factors, tile.k_basis);
+  fit_factors(values.low_rank, kTokens, tile.v_factors, tile.v_basis);
+  const Factors of_keys{tile.k_factors.data(), tile.k_basis.data(), false, head};
+  const Factors of_values{tile.v_factors.data(), tile.v_basis.data(), false, head};
+  auto gather = [&](const LowRank* part, int64_t i, std::vector<float>& a, std::vector<int64_t>& basis) {
+    if (!part) return;
+    factor_rows(*part, keys.groups, keys.block_size, ids[i], head, offsets[i], 1, tile, a.data() + held * padded(part->rank));
+    basis[held] = part->basis_of[ids[i]];
+  };
   auto flush = [&] {
     clear_behind(tile, held, dim);
-    absorb_rows(q, rows, tile, {tile.k.data(), tile.v.data(), keys, values, 0, held, nullptr, nullptr}, nullptr,
-                partial);
+    const Tokens here{tile.k.data(), tile.v.data(), keys, values, 0, held, nullptr, nullptr, keys.low_rank ? &of_keys : nullptr,
+                      values.low_rank ? &of_values : nullptr, &sums};
+    absorb_rows(q, rows, tile, here, nullptr, partial);
     held = 0;
   };
   for (int64_t i = 0; i < count; ++i) {
@@ -277,6 +313,8 @@ void attend_tokens(const float* q, int64_t rows, const Keys& keys, const Values&
     if (!keys.raw && ids[i] != block) key_scales(keys, block = ids[i], head, tile);
     key_row(keys, row, tile.k_scale.data(), tile.k_zero.data(), tile.k.data() + held * padded(dim));
     value_row(values, row, tile.v.data() + held * padded(value_dim), tile.v_scale[held], tile.v_zero[held]);
+    gather(keys.low_rank, i, tile.k_factors, tile.k_basis);
+    gather(values.low_rank, i, tile.v_factors, tile.v_basis);
     if (++held == kTokens) flush();
   }
   if (held) flush();

@@ -21,6 +21,7 @@ namespace {
 #include "vec.inl"
 #include "codes.inl"
 #include "tile.inl"
+#include "low_rank.inl"
 #if PIKV_WIDTH > 1
 #include "fused.inl"
 #else

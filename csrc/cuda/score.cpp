@@ -50,7 +50,8 @@ void score_blocks(const Tensor& q, const Tensor& k_scale, const Tensor& k_zero, 
                                       mutable_data<float>(centre), mutable_data<float>(spread), current_stream(q)));
 }
 
-void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, const Tensor& block_ids, double softmax_scale, Tensor logits) {
+void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_KEY_PART_ARGUMENT, const Tensor& block_ids, double softmax_scale, Tensor logits) {
+  STD_TORCH_CHECK(k_low_rank.empty(), "low-rank parts: not on CUDA yet");
   check("q", q, ScalarType::Float, {-1, -1, -1});
   const DeviceGuard guard(q.get_device_index());
   const Keys keys = PIKV_STORED_KEYS(q);
@@ -63,8 +64,9 @@ void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, const Tensor& block_ids, do
                                                   current_stream(q)));
 }
 
-void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, const Tensor& block_ids,
+void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, PIKV_KEY_PART_ARGUMENT, const Tensor& block_ids,
                       double softmax_scale, Tensor importance) {
+  STD_TORCH_CHECK(k_low_rank.empty(), "low-rank parts: not on CUDA yet");
   check("q", q, ScalarType::Float, {-1, -1, -1});
   const DeviceGuard guard(q.get_device_index());
   const Keys keys = PIKV_STORED_KEYS(q);

@@ -41,9 +41,9 @@ void merge(PartialMemory* pieces, int64_t count, int64_t rows, int64_t dim, floa
 
 // Attention of every request's rows over its run of blocks, ids[first[i]] to ids[first[i + 1]]: out [requests, G, R,
 // E], lse.
-void attend_runs(const std::vector<float>& queries, int64_t rows, const Keys& keys, const Values& values,
-                 const int64_t* ids, const int64_t* first, int64_t requests, const int64_t* key_positions,
-                 const int64_t* query_positions, float* out, float* lse) {
+void attend_runs(const float* queries, int64_t rows, const Keys& keys, const Values& values, const int64_t* ids,
+                 const int64_t* first, int64_t requests, const int64_t* key_positions, const int64_t* query_positions,
+                 float* out, float* lse) {
   struct Piece {
     int64_t request, first, last;
   };
@@ -64,10 +64,9 @@ void attend_runs(const std::vector<float>& queries, int64_t rows, const Keys& ke
   torch::stable::parallel_for(0, static_cast<int64_t>(pieces.size()), 1, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {
       const Piece& piece = pieces[i];
-      set.attend_blocks(queries.data() + piece.request * all_rows * padded(keys.dim), rows, keys, values,
-                        ids + piece.first, piece.last - piece.first,
-                        key_positions ? key_positions + piece.first * keys.block_size : nullptr, query_positions,
-                        partials[i].at(0, values.dim));
+      set.attend_blocks(queries + piece.request * all_rows * padded(keys.dim), rows, keys, values, ids + piece.first,
+                        piece.last - piece.first, key_positions ? key_positions + piece.first * keys.block_size : nullptr,
+                        query_positions, partials[i].at(0, values.dim));
     }
   });
   for (int64_t i = 0; i < requests; ++i)
@@ -77,14 +76,16 @@ void attend_runs(const std::vector<float>& queries, int64_t rows, const Keys& ke
 
 }  // namespace
 
-void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
-                   double softmax_scale, const MaybeTensor& key_positions, const MaybeTensor& query_positions,
-                   Tensor out, Tensor lse) {
+void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS, const Tensor& block_ids,
+                   double softmax_scale,
+                   const MaybeTensor& key_positions, const MaybeTensor& query_positions, Tensor out, Tensor lse) {
   STD_TORCH_CHECK(q.dim() == 3 && out.dim() == 3, "q, out: expected [groups, rows, channels]");
   const std::vector<float> queries = padded_queries(q, static_cast<float>(softmax_scale));
   const int64_t groups = q.size(0), rows = q.size(1), value_dim = out.size(2);
-  const Keys keys = KeyArguments{k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits}.view(groups, q.size(2));
-  const Values values = ValueArguments{v, v_codes, v_scale, v_zero, v_bits}.view(groups, keys.block_size, value_dim);
+  Keys keys = KeyArguments{k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits}.view(groups, q.size(2));
+  Values values = ValueArguments{v, v_codes, v_scale, v_zero, v_bits}.view(groups, keys.block_size, value_dim);
+  LowRankPart k_part(k_low_rank, groups, keys.block_size, keys.dim), v_part(v_low_rank, groups, keys.block_size, value_dim);
+  keys.low_rank = k_part.get(), values.low_rank = v_part.get();
   check("block_ids", block_ids, ScalarType::Long, {-1});
   check("out", out, ScalarType::Float, {groups, rows, value_dim});
   check("lse", lse, ScalarType::Float, {groups, rows});
@@ -95,19 +96,23 @@ void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, co
     check("query_positions", *query_positions, ScalarType::Long, {rows});
   }
   check_ids("block_ids", data<int64_t>(block_ids), count, std::min(blocks_of(k, k_high), blocks_of(v, v_codes)));
-  attend_runs(queries, rows, keys, values, data<int64_t>(block_ids), first, 1,
+  k_part.read(data<int64_t>(block_ids), count, queries.data(), rows);
+  v_part.read(data<int64_t>(block_ids), count, nullptr, rows);
+  attend_runs(queries.data(), rows, keys, values, data<int64_t>(block_ids), first, 1,
               key_positions ? data<int64_t>(*key_positions) : nullptr,
               query_positions ? data<int64_t>(*query_positions) : nullptr, mutable_data<float>(out),
               mutable_data<float>(lse));
 }
 
-void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
+void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS, const Tensor& block_ids,
                    const Tensor& first_blocks, double softmax_scale, Tensor out, Tensor lse) {
   STD_TORCH_CHECK(q.dim() == 4 && out.dim() == 4, "q, out: expected [requests, groups, rows, channels]");
   const std::vector<float> queries = padded_queries(q, static_cast<float>(softmax_scale));
   const int64_t requests = q.size(0), groups = q.size(1), rows = q.size(2), value_dim = out.size(3);
-  const Keys keys = KeyArguments{k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits}.view(groups, q.size(3));
-  const Values values = ValueArguments{v, v_codes, v_scale, v_zero, v_bits}.view(groups, keys.block_size, value_dim);
+  Keys keys = KeyArguments{k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits}.view(groups, q.size(3));
+  Values values = ValueArguments{v, v_codes, v_scale, v_zero, v_bits}.view(groups, keys.block_size, value_dim);
+  LowRankPart k_part(k_low_rank, groups, keys.block_size, keys.dim), v_part(v_low_rank, groups, keys.block_size, value_dim);
+  keys.low_rank = k_part.get(), values.low_rank = v_part.get();
   check("block_ids", block_ids, ScalarType::Long, {-1});
   check("first_blocks", first_blocks, ScalarType::Long, {requests + 1});
   check("out", out, ScalarType::Float, {requests, groups, rows, value_dim});
@@ -115,27 +120,36 @@ void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, co
   const int64_t* first = data<int64_t>(first_blocks);
   STD_TORCH_CHECK(first[0] == 0 && first[requests] == block_ids.numel() && std::is_sorted(first, first + requests + 1),
                   "first_blocks: expected 0, ascending, to ", block_ids.numel());
-  check_ids("block_ids", data<int64_t>(block_ids), block_ids.numel(),
-            std::min(blocks_of(k, k_high), blocks_of(v, v_codes)));
-  attend_runs(queries, rows, keys, values, data<int64_t>(block_ids), first, requests, nullptr, nullptr,
-              mutable_data<float>(out), mutable_data<float>(lse));
+  check_ids("block_ids", data<int64_t>(block_ids), block_ids.numel(), std::min(blocks_of(k, k_high), blocks_of(v, v_codes)));
+  const int64_t together = keys.low_rank || values.low_rank ? 1 : requests;  // queries meet the bases request by request
+  for (int64_t i = 0; i < requests; i += together) {
+    const float* q_here = queries.data() + i * groups * rows * padded(keys.dim);
+    k_part.read(data<int64_t>(block_ids) + first[i], first[i + together] - first[i], q_here, rows);
+    v_part.read(data<int64_t>(block_ids) + first[i], first[i + together] - first[i], nullptr, rows);
+    attend_runs(q_here, rows, keys, values, data<int64_t>(block_ids), first + i, together, nullptr, nullptr,
+                mutable_data<float>(out) + i * groups * rows * value_dim, mutable_data<float>(lse) + i * groups * rows);
+  }
 }
 
-void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
-                   const Tensor& offsets, double softmax_scale, const MaybeTensor& read, Tensor out, Tensor lse) {
+void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS, const Tensor& block_ids,
+                   const Tensor& offsets,
+                   double softmax_scale, const MaybeTensor& read, Tensor out, Tensor lse) {
   STD_TORCH_CHECK(q.dim() == 3 && out.dim() == 3, "q, out: expected [groups, rows, channels]");
   const std::vector<float> queries = padded_queries(q, static_cast<float>(softmax_scale));
   const int64_t groups = q.size(0), rows = q.size(1), value_dim = out.size(2), stride = padded(q.size(2));
-  const Keys keys = KeyArguments{k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits}.view(groups, q.size(2));
-  const Values values = ValueArguments{v, v_codes, v_scale, v_zero, v_bits}.view(groups, keys.block_size, value_dim);
+  Keys keys = KeyArguments{k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits}.view(groups, q.size(2));
+  Values values = ValueArguments{v, v_codes, v_scale, v_zero, v_bits}.view(groups, keys.block_size, value_dim);
+  LowRankPart k_part(k_low_rank, groups, keys.block_size, keys.dim), v_part(v_low_rank, groups, keys.block_size, value_dim);
+  keys.low_rank = k_part.get(), values.low_rank = v_part.get();
   check("block_ids", block_ids, ScalarType::Long, {groups, -1});
   const int64_t count = block_ids.size(1);
   check("offsets", offsets, ScalarType::Long, {groups, count});
   if (read) check("read", *read, ScalarType::Bool, {groups, count});
   check("out", out, ScalarType::Float, {groups, rows, value_dim});
   check("lse", lse, ScalarType::Float, {groups, rows});
-  check_ids("block_ids", data<int64_t>(block_ids), groups * count,
-            std::min(blocks_of(k, k_high), blocks_of(v, v_codes)));
+  check_ids("block_ids", data<int64_t>(block_ids), groups * count, std::min(blocks_of(k, k_high), blocks_of(v, v_codes)));
+  k_part.read(data<int64_t>(block_ids), groups * count, queries.data(), rows);
+  v_part.read(data<int64_t>(block_ids), groups * count, nullptr, rows);
   check_ids("offsets", data<int64_t>(offsets), groups * count, keys.block_size);
   const CpuKernels& set = kernels();
   const int64_t pieces = pieces_for(count, 128);

@@ -25,16 +25,15 @@ void append(const Tensor& new_k, const Tensor& new_v, const Tensor& block_ids, M
             MaybeTensor v_codes, MaybeTensor v_scale, MaybeTensor v_zero, int64_t v_bits);
 void prefetch(const Tensor& field, const Tensor& block_ids);
 
-void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
-                   double softmax_scale, const MaybeTensor& key_positions, const MaybeTensor& query_positions,
-                   Tensor out, Tensor lse);
-void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
+void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS, const Tensor& block_ids, double softmax_scale,
+                   const MaybeTensor& key_positions, const MaybeTensor& query_positions, Tensor out, Tensor lse);
+void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS, const Tensor& block_ids,
                    const Tensor& first_blocks, double softmax_scale, Tensor out, Tensor lse);
-void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
-                   const Tensor& offsets, double softmax_scale, const MaybeTensor& read, Tensor out, Tensor lse);
-void attend_mass(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
-                 const Tensor& coarse, double slope, const Tensor& extra, const Tensor& raw_lse, double epsilon,
-                 double softmax_scale, Tensor out, Tensor lse, Tensor read);
+void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS, const Tensor& block_ids, const Tensor& offsets,
+                   double softmax_scale, const MaybeTensor& read, Tensor out, Tensor lse);
+void attend_mass(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids, const Tensor& coarse,
+                 double slope, const Tensor& extra, const Tensor& raw_lse, double epsilon, double softmax_scale, Tensor out, Tensor lse,
+                 Tensor read);
 void attend_at(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& key_positions,
                const MaybeTensor& query_positions, double softmax_scale, Tensor out, Tensor lse);
 void merge_partials(const Tensor& outs, const Tensor& lses, Tensor out, Tensor lse);
@@ -44,9 +43,9 @@ void score_tokens(const Tensor& q, const MaybeTensor& k, const Tensor& k_high, c
                   Tensor coarse, Tensor radius, Tensor spread);
 void score_blocks(const Tensor& q, const Tensor& k_scale, const Tensor& k_zero, int64_t bits, const Tensor& block_ids,
                   double softmax_scale, Tensor bound, Tensor centre, Tensor spread);
-void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, const Tensor& block_ids, double softmax_scale, Tensor logits);
-void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, const Tensor& block_ids,
-                      double softmax_scale, Tensor importance);
+void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_KEY_PART_ARGUMENT, const Tensor& block_ids, double softmax_scale, Tensor logits);
+void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, PIKV_KEY_PART_ARGUMENT, const Tensor& block_ids, double softmax_scale,
+                      Tensor importance);
 void window_importance(const Tensor& q, const Tensor& lse, const Tensor& k, int64_t query_tokens, double softmax_scale,
                        Tensor importance);
 void rank_tokens(const Tensor& coarse, const Tensor& raw_lse, Tensor rank);
@@ -71,6 +70,56 @@ inline std::vector<float> padded_queries(const Tensor& q, float factor) {
     for (int64_t d = 0; d < dim; ++d) out[r * stride + d] = from[r * dim + d] * factor;
   return out;
 }
+
+// A low-rank part as the kernels take it, and the queries against its bases.
+class LowRankPart {
+ public:
+  LowRankPart(const std::vector<Tensor>& x, int64_t groups, int64_t tokens, int64_t channels) {
+    if (x.empty()) return;
+    STD_TORCH_CHECK(x.size() == 5, "low-rank part: expected codes, scale, zero, basis, basis_of, got ", x.size(), " tensors");
+    STD_TORCH_CHECK(x[3].dim() == 4, "basis: expected [bases, groups, rank, channels]");
+    const int64_t bases = x[3].size(0), rank = x[3].size(2), blocks = x[4].numel();
+    check("basis", x[3], ScalarType::Float, {bases, groups, rank, channels});
+    check("basis_of", x[4], ScalarType::Long, {blocks});
+    check("factors", x[0], ScalarType::Byte, {blocks, groups, tokens, rank});
+    check("factors' scale", x[1], ScalarType::Half, {blocks, groups, rank});
+    check("factors' zero", x[2], ScalarType::Half, {blocks, groups, rank});
+    part_ = {data<uint8_t>(x[0]), data<uint16_t>(x[1]), data<uint16_t>(x[2]), data<float>(x[3]), data<int64_t>(x[4]), nullptr,
+             rank, bases};
+    blocks_ = blocks, groups_ = groups, channels_ = channels;
+  }
+
+  // Checks the blocks that are read, and their bases; with q [G, R, padded(channels)], projects it on these.
+  void read(const int64_t* ids, int64_t count, const float* q, int64_t rows) {
+    if (!part_.codes) return;
+    std::vector<bool> used(part_.bases, false);
+    for (int64_t i = 0; i < count; ++i) {
+      STD_TORCH_CHECK(ids[i] < blocks_, "low-rank part: expected block ids below ", blocks_, ", got ", ids[i]);
+      const int64_t basis = part_.basis_of[ids[i]];
+      STD_TORCH_CHECK(basis >= 0 && basis < part_.bases, "basis_of: expected 0 .. ", part_.bases - 1, ", got ", basis);
+      used[basis] = true;
+    }
+    if (!q) return;
+    const int64_t all = groups_ * rows, stride = padded(part_.rank), q_stride = padded(channels_);
+    projected_.assign(part_.bases * all * stride, 0.0f);
+    for (int64_t b = 0; b < part_.bases; ++b)
+      for (int64_t r = 0; used[b] && r < all; ++r)
+        for (int64_t j = 0; j < part_.rank; ++j) {
+          const float* row = part_.basis + ((b * groups_ + r / rows) * part_.rank + j) * channels_;
+          double total = 0.0;
+          for (int64_t d = 0; d < channels_; ++d) total += static_cast<double>(row[d]) * q[r * q_stride + d];
+          projected_[(b * all + r) * stride + j] = static_cast<float>(total);
+        }
+    part_.projected = projected_.data();
+  }
+
+  const LowRank* get() const { return part_.codes ? &part_ : nullptr; }
+
+ private:
+  LowRank part_{};
+  int64_t blocks_ = 0, groups_ = 0, channels_ = 0;
+  std::vector<float> projected_;
+};
 
 inline void check_ids(const char* name, const int64_t* ids, int64_t count, int64_t blocks) {
   for (int64_t i = 0; i < count; ++i)

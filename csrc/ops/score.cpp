@@ -64,15 +64,18 @@ void score_blocks(const Tensor& q, const Tensor& k_scale, const Tensor& k_zero, 
   });
 }
 
-void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, const Tensor& block_ids, double softmax_scale, Tensor logits) {
+void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_KEY_PART_ARGUMENT, const Tensor& block_ids, double softmax_scale, Tensor logits) {
   STD_TORCH_CHECK(q.dim() == 3, "q: expected [groups, rows, channels]");
   const std::vector<float> queries = padded_queries(q, static_cast<float>(softmax_scale));
   const int64_t groups = q.size(0), rows = q.size(1), stride = padded(q.size(2));
-  const Keys keys = KeyArguments{k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits}.view(groups, q.size(2));
+  Keys keys = KeyArguments{k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits}.view(groups, q.size(2));
+  LowRankPart part(k_low_rank, groups, keys.block_size, keys.dim);
+  keys.low_rank = part.get();
   check("block_ids", block_ids, ScalarType::Long, {-1});
   const int64_t count = block_ids.numel(), tokens = count * keys.block_size;
   check("logits", logits, ScalarType::Float, {groups, rows, tokens});
   check_ids("block_ids", data<int64_t>(block_ids), count, blocks_of(k, k_high));
+  part.read(data<int64_t>(block_ids), count, queries.data(), rows);
   const CpuKernels& set = kernels();
   const int64_t pieces = pieces_of_blocks(count);
   torch::stable::parallel_for(0, pieces * groups, 1, [&](int64_t begin, int64_t end) {
@@ -85,17 +88,20 @@ void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, const Tensor& block_ids, do
   });
 }
 
-void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, const Tensor& block_ids,
-                      double softmax_scale, Tensor importance) {
+void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, PIKV_KEY_PART_ARGUMENT, const Tensor& block_ids, double softmax_scale,
+                      Tensor importance) {
   STD_TORCH_CHECK(q.dim() == 3, "q: expected [groups, rows, channels]");
   const std::vector<float> queries = padded_queries(q, static_cast<float>(softmax_scale));
   const int64_t groups = q.size(0), rows = q.size(1);
-  const Keys keys = KeyArguments{k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits}.view(groups, q.size(2));
+  Keys keys = KeyArguments{k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits}.view(groups, q.size(2));
+  LowRankPart part(k_low_rank, groups, keys.block_size, keys.dim);
+  keys.low_rank = part.get();
   check("lse", lse, ScalarType::Float, {groups, rows});
   check("block_ids", block_ids, ScalarType::Long, {-1});
   const int64_t count = block_ids.numel();
   check("importance", importance, ScalarType::Float, {count, keys.block_size});
   check_ids("block_ids", data<int64_t>(block_ids), count, blocks_of(k, k_high));
+  part.read(data<int64_t>(block_ids), count, queries.data(), rows);
   const CpuKernels& set = kernels();
   torch::stable::parallel_for(0, count, 8, [&](int64_t begin, int64_t end) {
     set.token_importance(queries.data(), rows, data<float>(lse), keys, data<int64_t>(block_ids) + begin, end - begin,

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 
 from pikv_megatron.ops import kernels, reference
-from pikv_megatron.ops.reference import BlockScores, Keys, Partial, TokenScores, Values
+from pikv_megatron.ops.reference import BlockScores, Keys, LowRank, Partial, TokenScores, Values
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +121,7 @@ window_importance = _resolve("window_importance")
 __all__ = [
     "BlockScores",
     "Keys",
+    "LowRank",
     "Partial",
     "TokenScores",
     "Values",

@@ -99,8 +99,13 @@ def score_tokens(q: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float)
 
 
 def _flat(fields: Keys | Values) -> list[Tensor | int | None]:
-    """The fields as the ops take them; a pool's tensors are contiguous and pass as they are."""
-    return [field.contiguous() if isinstance(field, Tensor) else field for field in fields]
+    """The fields as the ops take them; a pool's tensors are contiguous and pass as they are; but for the low-rank part."""
+    return [field.contiguous() if isinstance(field, Tensor) else field for field in fields[:-1]]
+
+
+def _low_rank(*stored: Keys | Values) -> list[list[Tensor]]:
+    """The low-rank parts as the ops take them: none is an empty list."""
+    return [[field.contiguous() for field in x.low_rank or ()] for x in stored]
 
 
 def _value_dim(values: Values) -> int:
@@ -127,7 +132,15 @@ def attend_blocks(
     q = q.float().contiguous()
     partial = _empty_partial(q, _value_dim(values))
     torch.ops.pikv.attend_blocks_out(
-        q, *_flat(keys), *_flat(values), block_ids, softmax_scale, key_positions, query_positions, *partial
+        q,
+        *_flat(keys),
+        *_flat(values),
+        *_low_rank(keys, values),
+        block_ids,
+        softmax_scale,
+        key_positions,
+        query_positions,
+        *partial,
     )
     return partial
 
@@ -145,13 +158,14 @@ def attend_tokens(
     q, block_ids, offsets = q.float().contiguous(), block_ids.contiguous(), offsets.contiguous()
     read = None if read is None else read.contiguous()
     partial = _empty_partial(q, _value_dim(values))
-    torch.ops.pikv.attend_tokens_out(q, *_flat(keys), *_flat(values), block_ids, offsets, softmax_scale, read, *partial)
+    stored = (*_flat(keys), *_flat(values), *_low_rank(keys, values))
+    torch.ops.pikv.attend_tokens_out(q, *stored, block_ids, offsets, softmax_scale, read, *partial)
     return partial
 
 
 def append(keys: Keys, values: Values, block_ids: Tensor, new_k: Tensor, new_v: Tensor) -> None:
     """See reference.append."""
-    torch.ops.pikv.append_out(_rows(new_k), _rows(new_v), block_ids, *keys, *values)
+    torch.ops.pikv.append_out(_rows(new_k), _rows(new_v), block_ids, *keys[:-1], *values[:-1])
 
 
 def prefetch(field: Tensor, block_ids: Tensor) -> None:
@@ -165,7 +179,8 @@ def attend_ragged(
     """See reference.attend_ragged."""
     q = q.float().contiguous()
     partial = _empty_partial(q, _value_dim(values))
-    torch.ops.pikv.attend_ragged_out(q, *_flat(keys), *_flat(values), block_ids, first_blocks, softmax_scale, *partial)
+    stored = (*_flat(keys), *_flat(values), *_low_rank(keys, values))
+    torch.ops.pikv.attend_ragged_out(q, *stored, block_ids, first_blocks, softmax_scale, *partial)
     return partial
 
 
@@ -178,10 +193,11 @@ def attend_mass(
     epsilon: float,
     softmax_scale: float,
 ) -> tuple[list[Partial], Tensor]:
-    """See reference.attend_mass. On CPU and of one pool, little is read beyond what is needed; else every key is, and
-    the values of the tokens that are needed: reading until it is enough would keep most of a GPU waiting.
+    """See reference.attend_mass. On CPU, of one pool without a low-rank part, little is read beyond what is needed; else
+    every key is, and the values of the tokens that are needed: reading until it is enough would keep most of a GPU waiting.
     """
-    if len(stored) == 1 and not q.is_cuda:
+    low_rank = any(keys.low_rank or values.low_rank for keys, values, _ in stored)
+    if len(stored) == 1 and not q.is_cuda and not low_rank:
         partial, read = _attend_mass_of_one(q, stored[0], scores[0], slope, raw_lse, epsilon, softmax_scale)
         return [partial], read
     rank = rank_tokens(torch.cat([s.coarse.flatten(2) for s in scores], -1), raw_lse)
@@ -277,7 +293,7 @@ def key_logits(q: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float) -
     held = keys.raw if keys.raw is not None else keys.high
     assert held is not None
     logits = q.new_empty(*q.shape[:2], block_ids.shape[0] * held.shape[2])
-    torch.ops.pikv.key_logits_out(q, *_flat(keys), block_ids, softmax_scale, logits)
+    torch.ops.pikv.key_logits_out(q, *_flat(keys), *_low_rank(keys), block_ids, softmax_scale, logits)
     return logits
 
 
@@ -287,7 +303,8 @@ def token_importance(q: Tensor, lse: Tensor, keys: Keys, block_ids: Tensor, soft
     held = keys.raw if keys.raw is not None else keys.high
     assert held is not None
     importance = q.new_empty(block_ids.shape[0], held.shape[2])
-    torch.ops.pikv.token_importance_out(q, lse.contiguous(), *_flat(keys), block_ids, softmax_scale, importance)
+    stored = (*_flat(keys), *_low_rank(keys))
+    torch.ops.pikv.token_importance_out(q, lse.contiguous(), *stored, block_ids, softmax_scale, importance)
     return importance
 
 

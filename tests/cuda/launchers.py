@@ -21,6 +21,7 @@ class _Keys(ctypes.Structure):
         *[(name, c_void_p) for name in ("raw", "high", "low", "scale", "zero")],
         *[(name, c_int) for name in ("dtype", "hi_bits", "lo_bits")],
         *[(name, c_int64) for name in ("groups", "block_size", "dim")],
+        ("low_rank", c_void_p),
     )
 
 
@@ -31,6 +32,7 @@ class _Values(ctypes.Structure):
         *[(name, c_void_p) for name in ("raw", "codes", "scale", "zero")],
         *[(name, c_int) for name in ("dtype", "bits")],
         *[(name, c_int64) for name in ("groups", "block_size", "dim")],
+        ("low_rank", c_void_p),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stored import random_store
+from stored import random_part, random_store
 
 import pikv_megatron.ops
 from pikv_megatron.ops import kernels
@@ -16,6 +16,7 @@ def _arguments() -> dict[str, tuple]:
     """Arguments of every op, outputs included."""
     q, ids = torch.randn(G, R, D), torch.tensor([4, 0, 2])
     coded, raw = (random_store(N, G, B, D, E, codec) for codec in ("int8", "none"))
+    k_part, v_part = (list(random_part(N, G, B, channels, 8, 2)) for channels in (D, E))
     out, lse = torch.empty(G, R, E), torch.empty(G, R)
     coarse, radius, spread = torch.randn(G, R, 3, B), torch.rand(G, R, 3), torch.rand(G, R, 3)
     high, low = torch.empty(N, G, B, D // 2, dtype=torch.uint8), torch.empty(N, G, B, D // 2, dtype=torch.uint8)
@@ -28,24 +29,26 @@ def _arguments() -> dict[str, tuple]:
     return {
         "quantize_block_out": (raw.keys.raw, 4, 4, True, high, low, scale, zero),
         "dequantize_block_out": (*coded.keys[1:5], 4, 4, True, torch.empty(N, G, B, D)),
-        "append_out": (new_k, new_v, ids, *coded.keys, *coded.values),
+        "append_out": (new_k, new_v, ids, *coded.keys[:-1], *coded.values[:-1]),
         "prefetch": (coded.keys.high, ids),
-        "attend_blocks_out": (q, *coded.keys, *coded.values, ids, 0.2, None, None, out, lse),
+        "attend_blocks_out": (q, *coded.keys[:-1], *coded.values[:-1], k_part, v_part, ids, 0.2, None, None, out, lse),
         "attend_ragged_out": (
             torch.randn(2, G, R, D),
-            *coded.keys,
-            *coded.values,
+            *coded.keys[:-1],
+            *coded.values[:-1],
+            k_part,
+            v_part,
             ids,
             torch.tensor([0, 1, 3]),
             0.2,
             torch.empty(2, G, R, E),
             torch.empty(2, G, R),
         ),
-        "attend_tokens_out": (q, *raw.keys, *raw.values, tokens, tokens, 0.2, None, out, lse),
+        "attend_tokens_out": (q, *raw.keys[:-1], *raw.values[:-1], k_part, [], tokens, tokens, 0.2, None, out, lse),
         "attend_mass_out": (
             q,
-            *coded.keys,
-            *coded.values,
+            *coded.keys[:-1],
+            *coded.values[:-1],
             ids,
             coarse,
             0.9,
@@ -61,8 +64,8 @@ def _arguments() -> dict[str, tuple]:
         "merge_partials_out": (torch.randn(4, G, R, E), torch.randn(4, G, R), out, lse),
         "score_blocks_out": (q, *coded.keys[3:5], 8, ids, 0.2, *(torch.empty(G, R, 3) for _ in range(3))),
         "score_tokens_out": (q, None, coded.keys.high, *coded.keys[3:5], 4, 4, ids, 0.2, coarse, radius, spread),
-        "key_logits_out": (q, *coded.keys, ids, 0.2, torch.empty(G, R, 3 * B)),
-        "token_importance_out": (q, torch.zeros(G, R), *coded.keys, ids, 0.2, torch.empty(3, B)),
+        "key_logits_out": (q, *coded.keys[:-1], k_part, ids, 0.2, torch.empty(G, R, 3 * B)),
+        "token_importance_out": (q, torch.zeros(G, R), *coded.keys[:-1], [], ids, 0.2, torch.empty(3, B)),
         "window_importance_out": (q, torch.zeros(G, R), window_k, 3, 0.2, torch.empty(20)),
         "rank_tokens_out": (torch.randn(G, R, 40), torch.randn(G, R), torch.empty(G, 40)),
         "select_topk_out": (torch.randn(G, 40), torch.empty(G, 5, dtype=torch.int64)),

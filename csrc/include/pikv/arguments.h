@@ -21,6 +21,10 @@
   const MaybeTensor &v, const MaybeTensor &v_codes, const MaybeTensor &v_scale, const MaybeTensor &v_zero, \
       int64_t v_bits
 
+// A low-rank part: codes, scale, zero, basis, basis_of; or none.
+#define PIKV_KEY_PART_ARGUMENT const std::vector<Tensor>&k_low_rank
+#define PIKV_PART_ARGUMENTS PIKV_KEY_PART_ARGUMENT, const std::vector<Tensor>&v_low_rank
+
 namespace pikv {
 
 using torch::headeronly::ScalarType;

@@ -12,8 +12,21 @@ namespace pikv {
 
 enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
 
-// Stored keys. raw [blocks, G, B, D] or null (then the codes are the keys); high [blocks, G, B, D*hi_bits/8]; low
-// likewise or null; scale, zero [blocks, G, D] float16, or null where there are no codes.
+// What is added to decoded rows: A B. Factors A are 8-bit codes [blocks, G, B, rank] with scale and zero [blocks, G, rank]
+// float16; basis B [bases, G, rank, channels]; basis_of [blocks]. projected: of keys, q B^T [bases, G, R, padded(rank)] of
+// the bases that are read.
+struct LowRank {
+  const uint8_t* codes;
+  const uint16_t* scale;
+  const uint16_t* zero;
+  const float* basis;
+  const int64_t* basis_of;
+  const float* projected;
+  int64_t rank, bases;
+};
+
+// Stored keys. raw [blocks, G, B, D] or null (then the codes are the keys); high [blocks, G, B, D*hi_bits/8]; low likewise
+// or null; scale, zero [blocks, G, D] float16, or null where there are no codes.
 struct Keys {
   const void* raw;
   const uint8_t* high;
@@ -23,6 +36,7 @@ struct Keys {
   Dtype dtype;  // of raw
   int hi_bits, lo_bits;
   int64_t groups, block_size, dim;
+  const LowRank* low_rank;  // or null; on CPU only
 };
 
 // Stored values. raw [blocks, G, B, E] or null; codes [blocks, G, B, E*bits/8]; scale, zero [blocks, G, B] float16.
@@ -34,6 +48,7 @@ struct Values {
   Dtype dtype;
   int bits;
   int64_t groups, block_size, dim;
+  const LowRank* low_rank;
 };
 
 // Running softmax of R rows over the keys seen so far: out [R, E] not yet divided by total; high, total [R].

@@ -17,10 +17,24 @@ SMALLEST_SCALE = 2.0**-24
 """float16's smallest positive number: the scale of a channel that is constant in its block."""
 
 
+class LowRank(NamedTuple):
+    """What is added to the decoded rows of a pool's blocks: A B, with factors A of r coefficients per token and head
+    and a basis B that blocks share. A is 8-bit codes with a scale and a zero per coefficient of the block:
+    codes [blocks, G, B, r] uint8; scale, zero [blocks, G, r] float16; basis [bases, G, r, channels] float32; basis_of
+    [blocks] int64, the basis of each block.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    basis: Tensor
+    basis_of: Tensor
+
+
 class Keys(NamedTuple):
     """Stored keys of a pool. `raw` [blocks, G, B, D] or None (then codes are the keys); high [blocks, G, B,
     D*hi_bits/8] uint8, low likewise or None, scale and zero [blocks, G, D] float16: all None where the pool has no
-    codes.
+    codes. low_rank is read by what attends and by the logits, not by scores and bounds.
     """
 
     raw: Tensor | None
@@ -30,6 +44,7 @@ class Keys(NamedTuple):
     zero: Tensor | None
     hi_bits: int
     lo_bits: int
+    low_rank: LowRank | None = None
 
 
 class Values(NamedTuple):
@@ -42,6 +57,7 @@ class Values(NamedTuple):
     scale: Tensor | None
     zero: Tensor | None
     bits: int
+    low_rank: LowRank | None = None
 
 
 def round_half_down(x: Tensor) -> Tensor:
@@ -125,17 +141,28 @@ def dequantize_block(
 def decode_keys(keys: Keys, block_ids: Tensor) -> Tensor:
     """Keys of the blocks `block_ids` [n]: [n, G, B, D] float32."""
     if keys.raw is not None:
-        return keys.raw.index_select(0, block_ids).float()
-    high, low, scale, zero = (None if t is None else t.index_select(0, block_ids) for t in keys[1:5])
-    return dequantize_block(high, low, scale, zero, keys.hi_bits, keys.lo_bits, per_channel=True)  # type: ignore[arg-type]
+        k = keys.raw.index_select(0, block_ids).float()
+    else:
+        high, low, scale, zero = (None if t is None else t.index_select(0, block_ids) for t in keys[1:5])
+        k = dequantize_block(high, low, scale, zero, keys.hi_bits, keys.lo_bits, per_channel=True)  # type: ignore[arg-type]
+    return k if keys.low_rank is None else k + decode_low_rank(keys.low_rank, block_ids)
 
 
 def decode_values(values: Values, block_ids: Tensor) -> Tensor:
     """Values of the blocks `block_ids` [n]: [n, G, B, E] float32."""
     if values.raw is not None:
-        return values.raw.index_select(0, block_ids).float()
-    codes, scale, zero = (t.index_select(0, block_ids) for t in values[1:4])  # type: ignore[union-attr]
-    return dequantize_block(codes, None, scale, zero, values.bits, 0, per_channel=False)
+        v = values.raw.index_select(0, block_ids).float()
+    else:
+        codes, scale, zero = (t.index_select(0, block_ids) for t in values[1:4])  # type: ignore[union-attr]
+        v = dequantize_block(codes, None, scale, zero, values.bits, 0, per_channel=False)
+    return v if values.low_rank is None else v + decode_low_rank(values.low_rank, block_ids)
+
+
+def decode_low_rank(part: LowRank, block_ids: Tensor) -> Tensor:
+    """What the part adds to blocks `block_ids` [n]: [n, G, B, channels] float32."""
+    codes, scale, zero = (t.index_select(0, block_ids) for t in part[:3])
+    factors = dequantize_block(codes, None, scale, zero, 8, 0, per_channel=True)
+    return torch.matmul(factors, part.basis[part.basis_of[block_ids]])
 
 
 def gather_tokens(keys: Keys, values: Values, block_ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,10 +181,20 @@ def gather_tokens(keys: Keys, values: Values, block_ids: Tensor, offsets: Tensor
             codes = codes.mul_(1 << keys.lo_bits).add_(unpack(at(keys.low), keys.lo_bits))
         k = codes * keys.scale[block_ids, heads].float() + keys.zero[block_ids, heads].float()
     if values.raw is not None:
-        return k, at(values.raw).float()
-    assert values.codes is not None and values.scale is not None and values.zero is not None
-    return k, dequantize_block(
-        at(values.codes), None, at(values.scale), at(values.zero), values.bits, 0, per_channel=False
+        v = at(values.raw).float()
+    else:
+        assert values.codes is not None and values.scale is not None and values.zero is not None
+        v = dequantize_block(
+            at(values.codes), None, at(values.scale), at(values.zero), values.bits, 0, per_channel=False
+        )
+
+    def added(part: LowRank) -> Tensor:
+        factors = at(part.codes) * part.scale[block_ids, heads].float() + part.zero[block_ids, heads].float()
+        return torch.einsum("gnr,gnrc->gnc", factors, part.basis[part.basis_of[block_ids], heads])
+
+    return (
+        k if keys.low_rank is None else k + added(keys.low_rank),
+        v if values.low_rank is None else v + added(values.low_rank),
     )
 
 
