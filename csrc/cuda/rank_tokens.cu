@@ -1,4 +1,5 @@
-// rank_tokens: first the log-sum-exp of every row, then each token's shares, summed over the rows of its KV head.
+// rank_tokens: first the log-sum-exp of every row, then each token's shares, summed over the rows of its KV head. The
+// second alone, over all rows, is token_importance of logits that are there already.
 
 #include "log_sum.cuh"
 
@@ -39,6 +40,13 @@ extern "C" int pikv_cuda_rank_tokens(const float* coarse, const float* raw_lse, 
   const dim3 grid(static_cast<unsigned>((count + kThreads - 1) / kThreads), static_cast<unsigned>(groups));
   return launch(rank_tokens_kernel, grid, kThreads, 0, s, coarse, static_cast<const float*>(workspace), rows, count,
                 rank);
+}
+
+extern "C" int pikv_cuda_logits_importance(const float* logits, const float* lse, int64_t rows, int64_t count,
+                                           float* importance, void* stream) {
+  if (count == 0) return cudaSuccess;
+  return launch(rank_tokens_kernel, dim3(static_cast<unsigned>((count + kThreads - 1) / kThreads)), kThreads, 0,
+                static_cast<cudaStream_t>(stream), logits, lse, rows, count, importance);
 }
 
 }  // namespace pikv::cuda

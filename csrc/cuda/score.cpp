@@ -50,8 +50,30 @@ void score_blocks(const Tensor& q, const Tensor& k_scale, const Tensor& k_zero, 
                                       mutable_data<float>(centre), mutable_data<float>(spread), current_stream(q)));
 }
 
-void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_KEY_PART_ARGUMENT, const Tensor& block_ids, double softmax_scale, Tensor logits) {
-  STD_TORCH_CHECK(k_low_rank.empty(), "low-rank parts: not on CUDA yet");
+namespace {
+
+// Logits of blocks from whole keys, with their low-rank part where there is one.
+void put_logits(const char* op, const Tensor& q, double softmax_scale, Keys keys, const std::vector<Tensor>& low_rank,
+                const Tensor& block_ids, float* logits) {
+  const float scale = static_cast<float>(softmax_scale);
+  const int64_t rows = q.size(1), count = block_ids.numel();
+  check_launch(op, pikv_cuda_key_logits(data<float>(q), rows, scale, &keys, data<int64_t>(block_ids), count, logits,
+                                        current_stream(q)));
+  if (low_rank.empty()) return;
+  const LowRank part = low_rank_of(low_rank, keys.groups, keys.block_size, keys.dim);
+  STD_TORCH_CHECK(part.rank >= 1 && part.rank <= kMaxDim, "low-rank part: expected a rank of 1 .. ", kMaxDim, ", got ",
+                  part.rank);
+  keys.low_rank = &part;
+  for (const Tensor& x : low_rank) check_place(q, x);
+  Tensor workspace = torch::stable::new_empty(q, {part.bases * keys.groups * rows * part.rank});
+  check_launch(op, pikv_cuda_low_rank_logits(data<float>(q), rows, scale, &keys, data<int64_t>(block_ids), count,
+                                             mutable_data<float>(workspace), logits, current_stream(q)));
+}
+
+}  // namespace
+
+void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_KEY_PART_ARGUMENT, const Tensor& block_ids,
+                double softmax_scale, Tensor logits) {
   check("q", q, ScalarType::Float, {-1, -1, -1});
   const DeviceGuard guard(q.get_device_index());
   const Keys keys = PIKV_STORED_KEYS(q);
@@ -59,26 +81,31 @@ void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_KEY_PART_ARGUMENT, con
   const int64_t count = block_ids.numel();
   check("logits", logits, ScalarType::Float, {keys.groups, q.size(1), count * keys.block_size});
   check_places(q, block_ids, logits);
-  check_launch("key_logits", pikv_cuda_key_logits(data<float>(q), q.size(1), static_cast<float>(softmax_scale), &keys,
-                                                  data<int64_t>(block_ids), count, mutable_data<float>(logits),
-                                                  current_stream(q)));
+  put_logits("key_logits", q, softmax_scale, keys, k_low_rank, block_ids, mutable_data<float>(logits));
 }
 
-void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, PIKV_KEY_PART_ARGUMENT, const Tensor& block_ids,
-                      double softmax_scale, Tensor importance) {
-  STD_TORCH_CHECK(k_low_rank.empty(), "low-rank parts: not on CUDA yet");
+void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, PIKV_KEY_PART_ARGUMENT,
+                      const Tensor& block_ids, double softmax_scale, Tensor importance) {
   check("q", q, ScalarType::Float, {-1, -1, -1});
   const DeviceGuard guard(q.get_device_index());
   const Keys keys = PIKV_STORED_KEYS(q);
   check("lse", lse, ScalarType::Float, {keys.groups, q.size(1)});
   check("block_ids", block_ids, ScalarType::Long, {-1});
-  const int64_t count = block_ids.numel();
+  const int64_t count = block_ids.numel(), rows = keys.groups * q.size(1), tokens = count * keys.block_size;
   check("importance", importance, ScalarType::Float, {count, keys.block_size});
   check_places(q, lse, block_ids, importance);
-  check_launch(
-      "token_importance",
-      pikv_cuda_token_importance(data<float>(q), data<float>(lse), q.size(1), static_cast<float>(softmax_scale), &keys,
-                                 data<int64_t>(block_ids), count, mutable_data<float>(importance), current_stream(q)));
+  float* to = mutable_data<float>(importance);
+  if (k_low_rank.empty()) {
+    check_launch("token_importance",
+                 pikv_cuda_token_importance(data<float>(q), data<float>(lse), q.size(1),
+                                            static_cast<float>(softmax_scale), &keys, data<int64_t>(block_ids), count,
+                                            to, current_stream(q)));
+    return;
+  }
+  Tensor logits = torch::stable::new_empty(q, {rows * tokens});
+  put_logits("token_importance", q, softmax_scale, keys, k_low_rank, block_ids, mutable_data<float>(logits));
+  check_launch("token_importance", pikv_cuda_logits_importance(data<float>(logits), data<float>(lse), rows, tokens, to,
+                                                               current_stream(q)));
 }
 
 void window_importance(const Tensor& q, const Tensor& lse, const Tensor& k, int64_t query_tokens, double softmax_scale,

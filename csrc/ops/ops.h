@@ -76,17 +76,8 @@ class LowRankPart {
  public:
   LowRankPart(const std::vector<Tensor>& x, int64_t groups, int64_t tokens, int64_t channels) {
     if (x.empty()) return;
-    STD_TORCH_CHECK(x.size() == 5, "low-rank part: expected codes, scale, zero, basis, basis_of, got ", x.size(), " tensors");
-    STD_TORCH_CHECK(x[3].dim() == 4, "basis: expected [bases, groups, rank, channels]");
-    const int64_t bases = x[3].size(0), rank = x[3].size(2), blocks = x[4].numel();
-    check("basis", x[3], ScalarType::Float, {bases, groups, rank, channels});
-    check("basis_of", x[4], ScalarType::Long, {blocks});
-    check("factors", x[0], ScalarType::Byte, {blocks, groups, tokens, rank});
-    check("factors' scale", x[1], ScalarType::Half, {blocks, groups, rank});
-    check("factors' zero", x[2], ScalarType::Half, {blocks, groups, rank});
-    part_ = {data<uint8_t>(x[0]), data<uint16_t>(x[1]), data<uint16_t>(x[2]), data<float>(x[3]), data<int64_t>(x[4]), nullptr,
-             rank, bases};
-    blocks_ = blocks, groups_ = groups, channels_ = channels;
+    part_ = low_rank_of(x, groups, tokens, channels);
+    blocks_ = x[4].numel(), groups_ = groups, channels_ = channels;
   }
 
   // Checks the blocks that are read, and their bases; with q [G, R, padded(channels)], projects it on these.

@@ -14,6 +14,15 @@ from tools import simulate
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+class _LowRank(ctypes.Structure):
+    """`struct LowRank` of kernels.h."""
+
+    _fields_ = (
+        *[(name, c_void_p) for name in ("codes", "scale", "zero", "basis", "basis_of", "projected")],
+        *[(name, c_int64) for name in ("rank", "bases")],
+    )
+
+
 class _Keys(ctypes.Structure):
     """`struct Keys` of kernels.h."""
 
@@ -202,6 +211,11 @@ class Launchers:
     def token_importance(self, q, lse, keys, block_ids, softmax_scale):
         sample = keys.raw if keys.raw is not None else keys.high
         importance = torch.full((block_ids.numel(), sample.shape[2]), torch.nan)
+        if keys.low_rank is not None:
+            logits = self.key_logits(q, keys, block_ids, softmax_scale)
+            sizes = (c_int64(lse.numel()), c_int64(logits.shape[2]))
+            self._call("logits_importance", _pointer(logits), _pointer(lse), *sizes, _pointer(importance))
+            return importance
         front = (_pointer(q), _pointer(lse), c_int64(q.shape[1]), c_float(softmax_scale), ctypes.byref(_keys(keys)))
         self._call("token_importance", *front, _pointer(block_ids), c_int64(block_ids.numel()), _pointer(importance))
         return importance
@@ -216,8 +230,16 @@ class Launchers:
     def key_logits(self, q, keys, block_ids, softmax_scale):
         sample = keys.raw if keys.raw is not None else keys.high
         logits = torch.full((*q.shape[:2], block_ids.numel() * sample.shape[2]), torch.nan)
-        front = (_pointer(q), c_int64(q.shape[1]), c_float(softmax_scale), ctypes.byref(_keys(keys)))
-        self._call("key_logits", *front, _pointer(block_ids), c_int64(block_ids.numel()), _pointer(logits))
+        stored = _keys(keys)
+        front = (_pointer(q), c_int64(q.shape[1]), c_float(softmax_scale), ctypes.byref(stored))
+        blocks = (_pointer(block_ids), c_int64(block_ids.numel()))
+        self._call("key_logits", *front, *blocks, _pointer(logits))
+        if keys.low_rank is not None:
+            bases, _, rank, _ = keys.low_rank.basis.shape
+            part = _LowRank(*map(_pointer, keys.low_rank), None, rank, bases)
+            stored.low_rank = ctypes.addressof(part)
+            workspace = torch.full((bases, *q.shape[:2], rank), torch.nan)
+            self._call("low_rank_logits", *front, *blocks, _pointer(workspace), _pointer(logits))
         return logits
 
     def rank_tokens(self, coarse, raw_lse):

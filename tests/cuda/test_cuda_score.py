@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pairs import every_case, every_pair, name_of
-from stored import Stored, dense_rows, random_store, rows_of
+from stored import Stored, dense_rows, random_store, rows_of, with_parts
 
 from pikv_megatron.ops import reference
 from pikv_megatron.ops.reference import Keys
@@ -19,6 +19,9 @@ SHAPES = {
     "blocks": (0, 1, 5, 40),
     "per_head": (False, True),
 }
+
+# codec, heads, block size, blocks, bases
+PARTS = [("float32", 1, 16, 5, 1), ("int8", 9, 32, 7, 3), ("int4", 4, 64, 2, 2), ("bfloat16", 2, 16, 0, 1)]
 
 
 def _store(codec: str, blocks: int, block_size: int, dim: int) -> Stored:
@@ -123,6 +126,23 @@ def test_key_logits(cuda, case):
     logits = cuda.key_logits(q, held.keys, ids, dim**-0.5)
     expected = torch.einsum("grd,gsd->grs", q.double(), rows_of(held, ids)[0]) * dim**-0.5
     _near([logits], [expected], ("logits",))
+
+
+@pytest.mark.parametrize("rank", [1, 8, 16, 32, 33])
+@pytest.mark.parametrize(("codec", "heads", "block_size", "blocks", "bases"), PARTS)
+def test_logits_and_importance_with_a_low_rank_part(cuda, codec, heads, block_size, blocks, bases, rank):
+    """Blocks of several bases, mixed; more rows than a thread block takes."""
+    held = with_parts(_store(codec, blocks, block_size, 64), rank, 0, bases)
+    q = torch.randn(2, heads, 64, generator=_rng(18))
+    ids = torch.randperm(max(blocks, 3), generator=_rng(19))[:blocks]
+    k, v = rows_of(held, torch.arange(max(blocks, 3)))
+    _, lse = dense_rows(q, k, v, 0.125)
+    expected = torch.einsum("grd,gsd->grs", q.double(), rows_of(held, ids)[0]) * 0.125
+    _near([cuda.key_logits(q, held.keys, ids, 0.125)], [expected], ("logits",))
+    importance = cuda.token_importance(q, lse.float(), held.keys, ids, 0.125)
+    shares = (expected - lse.unsqueeze(-1)).exp().sum((0, 1)).view(blocks, block_size)
+    assert importance.shape == shares.shape
+    assert ((importance - shares).abs() <= 2e-5 * shares).all()
 
 
 @pytest.mark.parametrize(("rows", "count"), [(1, 1), (4, 1000), (9, 33), (2, 0)])

@@ -135,6 +135,21 @@ struct ValueArguments {
   }
 };
 
+// A low-rank part (codes, scale, zero, basis, basis_of), not empty, of a pool's rows.
+inline LowRank low_rank_of(const std::vector<Tensor>& x, int64_t groups, int64_t tokens, int64_t channels) {
+  STD_TORCH_CHECK(x.size() == 5, "low-rank part: expected codes, scale, zero, basis, basis_of, got ", x.size(),
+                  " tensors");
+  STD_TORCH_CHECK(x[3].dim() == 4, "basis: expected [bases, groups, rank, channels]");
+  const int64_t bases = x[3].size(0), rank = x[3].size(2), blocks = x[4].numel();
+  check("basis", x[3], ScalarType::Float, {bases, groups, rank, channels});
+  check("basis_of", x[4], ScalarType::Long, {blocks});
+  check("factors", x[0], ScalarType::Byte, {blocks, groups, tokens, rank});
+  check("factors' scale", x[1], ScalarType::Half, {blocks, groups, rank});
+  check("factors' zero", x[2], ScalarType::Half, {blocks, groups, rank});
+  return {data<uint8_t>(x[0]), data<uint16_t>(x[1]), data<uint16_t>(x[2]), data<float>(x[3]), data<int64_t>(x[4]),
+          nullptr, rank, bases};
+}
+
 // New blocks [count, groups, tokens, channels] for blocks block_ids [count] of a pool, and the pool's fields, checked
 // against each other.
 struct NewBlocks {

@@ -81,6 +81,9 @@ int pikv_cuda_score_tokens(const float* q, int64_t rows, float softmax_scale, co
 // Logits of blocks ids [count] from whole keys: logits [G, R, count * B].
 int pikv_cuda_key_logits(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const int64_t* ids,
                          int64_t count, float* logits, void* stream);
+// Adds to these what keys->low_rank adds to the keys. workspace: [bases, G, R, rank]; bases of blocks are trusted.
+int pikv_cuda_low_rank_logits(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const int64_t* ids,
+                              int64_t count, float* workspace, float* logits, void* stream);
 
 // What bounds say of blocks ids [count]: bound, centre, spread [G, R, count]. Of keys: scale, zero, the bits, groups,
 // dim.
@@ -100,6 +103,10 @@ int pikv_cuda_window_importance(const float* q, const float* lse, int64_t rows, 
 // [G, count]. workspace: G * R floats.
 int pikv_cuda_rank_tokens(const float* coarse, const float* raw_lse, int64_t groups, int64_t rows, int64_t count,
                           float* workspace, float* rank, void* stream);
+
+// Attention that tokens receive, given their logits [rows, count] of all KV heads and lse [rows]: importance [count].
+int pikv_cuda_logits_importance(const float* logits, const float* lse, int64_t rows, int64_t count, float* importance,
+                                void* stream);
 
 // Log-sum-exp over tokens that are not read [G, blocks * B] of slope * coarse [G, R, blocks, B] plus spread, and of
 // coarse plus radius [G, R, blocks]: by_spread, by_radius [G, R].

@@ -36,7 +36,7 @@ struct Keys {
   Dtype dtype;  // of raw
   int hi_bits, lo_bits;
   int64_t groups, block_size, dim;
-  const LowRank* low_rank;  // or null; on CPU only
+  const LowRank* low_rank;  // or null
 };
 
 // Stored values. raw [blocks, G, B, E] or null; codes [blocks, G, B, E*bits/8]; scale, zero [blocks, G, B] float16.
