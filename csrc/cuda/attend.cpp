@@ -66,16 +66,29 @@ Values stored_values(const Tensor& q, PIKV_VALUE_ARGUMENTS, const Keys& keys, co
 void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS, const Tensor& block_ids,
                    double softmax_scale, const MaybeTensor& key_positions, const MaybeTensor& query_positions,
                    Tensor out, Tensor lse) {
-  STD_TORCH_CHECK(k_low_rank.empty() && v_low_rank.empty(), "low-rank parts: not on CUDA yet");
   STD_TORCH_CHECK(q.dim() == 3, "q: expected [groups, rows, channels]");
   const DeviceGuard guard(q.get_device_index());
   const Keys keys = PIKV_STORED_KEYS(q);
-  const Values values = PIKV_STORED_VALUES(q);
+  Values values = PIKV_STORED_VALUES(q);
   check("block_ids", block_ids, ScalarType::Long, {-1});
   const int64_t count = block_ids.numel(), rows = q.size(1);
   check_positions(key_positions, {count, keys.block_size}, query_positions, rows);
   check_places(q, block_ids, key_positions, query_positions);
   const Output to(q, count * keys.block_size, values.dim, out, lse);
+  if (!k_low_rank.empty() || !v_low_rank.empty()) {
+    LowRank part{};
+    if (!v_low_rank.empty()) {
+      part = placed_part(q, v_low_rank, values.groups, values.block_size, values.dim);
+      values.low_rank = &part;
+    }
+    Tensor logits = torch::stable::new_empty(q, {keys.groups * rows * count * keys.block_size});
+    put_logits("attend_blocks", q, softmax_scale, keys, k_low_rank, block_ids, mutable_data<float>(logits));
+    check_launch("attend_blocks",
+                 pikv_cuda_attend_logits(data<float>(logits), rows, &values, data<int64_t>(block_ids), count,
+                                         data<int64_t>(key_positions), data<int64_t>(query_positions), to.splits,
+                                         to.between, to.out, to.lse, to.stream));
+    return;
+  }
   check_launch("attend_blocks", pikv_cuda_attend_blocks(data<float>(q), rows, static_cast<float>(softmax_scale), &keys,
                                                         &values, data<int64_t>(block_ids), count,
                                                         data<int64_t>(key_positions), data<int64_t>(query_positions),

@@ -104,6 +104,20 @@ inline Keys stored_keys(const Tensor& q, PIKV_KEY_ARGUMENTS) {
 }
 #define PIKV_STORED_KEYS(q) stored_keys(q, k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits)
 
+// A low-rank part, not empty, on q's device.
+inline LowRank placed_part(const Tensor& q, const std::vector<Tensor>& x, int64_t groups, int64_t tokens,
+                           int64_t channels) {
+  const LowRank part = low_rank_of(x, groups, tokens, channels);
+  STD_TORCH_CHECK(part.rank >= 1 && part.rank <= kMaxDim, "low-rank part: expected a rank of 1 .. ", kMaxDim, ", got ",
+                  part.rank);
+  for (const Tensor& field : x) check_place(q, field);
+  return part;
+}
+
+// Logits [G, R, count * B] of blocks from whole keys, with their low-rank part where there is one.
+void put_logits(const char* op, const Tensor& q, double softmax_scale, Keys keys, const std::vector<Tensor>& low_rank,
+                const Tensor& block_ids, float* logits);
+
 template <class T>
 const T* data(const MaybeTensor& x) {
   return x ? pikv::data<T>(*x) : nullptr;

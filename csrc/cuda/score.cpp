@@ -50,9 +50,6 @@ void score_blocks(const Tensor& q, const Tensor& k_scale, const Tensor& k_zero, 
                                       mutable_data<float>(centre), mutable_data<float>(spread), current_stream(q)));
 }
 
-namespace {
-
-// Logits of blocks from whole keys, with their low-rank part where there is one.
 void put_logits(const char* op, const Tensor& q, double softmax_scale, Keys keys, const std::vector<Tensor>& low_rank,
                 const Tensor& block_ids, float* logits) {
   const float scale = static_cast<float>(softmax_scale);
@@ -60,17 +57,12 @@ void put_logits(const char* op, const Tensor& q, double softmax_scale, Keys keys
   check_launch(op, pikv_cuda_key_logits(data<float>(q), rows, scale, &keys, data<int64_t>(block_ids), count, logits,
                                         current_stream(q)));
   if (low_rank.empty()) return;
-  const LowRank part = low_rank_of(low_rank, keys.groups, keys.block_size, keys.dim);
-  STD_TORCH_CHECK(part.rank >= 1 && part.rank <= kMaxDim, "low-rank part: expected a rank of 1 .. ", kMaxDim, ", got ",
-                  part.rank);
+  const LowRank part = placed_part(q, low_rank, keys.groups, keys.block_size, keys.dim);
   keys.low_rank = &part;
-  for (const Tensor& x : low_rank) check_place(q, x);
   Tensor workspace = torch::stable::new_empty(q, {part.bases * keys.groups * rows * part.rank});
   check_launch(op, pikv_cuda_low_rank_logits(data<float>(q), rows, scale, &keys, data<int64_t>(block_ids), count,
                                              mutable_data<float>(workspace), logits, current_stream(q)));
 }
-
-}  // namespace
 
 void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_KEY_PART_ARGUMENT, const Tensor& block_ids,
                 double softmax_scale, Tensor logits) {

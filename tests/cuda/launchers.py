@@ -159,7 +159,21 @@ class Launchers:
         back = (self.splits, _pointer(workspace), _pointer(out), _pointer(lse))
         return front, back, Partial(out, lse), (q, workspace)
 
+    def _attend_logits(self, q, keys, values, block_ids, softmax_scale, key_positions, query_positions):
+        logits, stored = self.key_logits(q, keys, block_ids, softmax_scale), _values(values)
+        if values.low_rank is not None:
+            bases, _, rank, _ = values.low_rank.basis.shape
+            part = _LowRank(*map(_pointer, values.low_rank), None, rank, bases)
+            stored.low_rank = ctypes.addressof(part)
+        _, back, partial, _held = self._attention(q, _keys(keys), stored, softmax_scale)
+        front = (_pointer(logits), c_int64(q.shape[1]), ctypes.byref(stored), _pointer(block_ids))
+        positions = map(_pointer, (key_positions, query_positions))
+        self._call("attend_logits", *front, c_int64(block_ids.numel()), *positions, *back)
+        return partial
+
     def attend_blocks(self, q, keys, values, block_ids, softmax_scale, key_positions=None, query_positions=None):
+        if keys.low_rank is not None or values.low_rank is not None:
+            return self._attend_logits(q, keys, values, block_ids, softmax_scale, key_positions, query_positions)
         front, back, partial, _held = self._attention(q, _keys(keys), _values(values), softmax_scale)
         positions = map(_pointer, (key_positions, query_positions))
         self._call("attend_blocks", *front, _pointer(block_ids), c_int64(block_ids.numel()), *positions, *back)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pairs import every_case, every_pair, name_of
-from stored import Stored, dense_rows, random_store, rows_of
+from stored import Stored, dense_rows, random_store, rows_of, with_parts
 
 from pikv_megatron.ops import reference
 
@@ -74,10 +74,10 @@ def _close(partial: reference.Partial, expected: tuple[torch.Tensor, torch.Tenso
     assert ((partial.lse.double() - lse)[~blind].abs() <= relative * lse[~blind].abs().clamp(min=1)).all()
 
 
-def _check_blocks(cuda, codec, dim, value_dim, heads, block_size, blocks, causal, splits):
+def _check_blocks(cuda, codec, dim, value_dim, heads, block_size, blocks, causal, splits, rank_k=0, rank_v=0, bases=1):
     cuda.splits = splits
     value_dim = value_dim or dim
-    held = _store(codec, max(blocks, 3), block_size, dim, value_dim)
+    held = with_parts(_store(codec, max(blocks, 3), block_size, dim, value_dim), rank_k, rank_v, bases)
     ids = torch.randperm(max(blocks, 3), generator=_rng(1))[:blocks]
     q = torch.randn(2, heads, dim, generator=_rng(2))
     k, v = rows_of(held, ids)
@@ -103,6 +103,26 @@ def test_attend_blocks(cuda, case):
 def test_attend_blocks_in_every_case(cuda, codec, dim):
     for case in every_case({**BLOCKS, **ONE_OF_BLOCKS, "codec": [codec], "dim": [dim]}):
         _check_blocks(cuda, **case)
+
+
+PARTS = {
+    "codec": ("float32", "bfloat16", "float16", "int8", "int4", "int2"),
+    "dim": (64, 80, 256),
+    "value_dim": (48, 128, 256),
+    "heads": (1, 4, 9),
+    "block_size": (16, 64),
+    "blocks": (0, 1, 13),
+    "rank_k": (0, 1, 16, 33),
+    "rank_v": (0, 1, 16, 200),
+    "bases": (1, 3),
+    "causal": (False, True),
+    "splits": (1, 3),
+}
+
+
+@pytest.mark.parametrize("case", every_pair(PARTS), ids=name_of)
+def test_attend_blocks_with_low_rank_parts(cuda, case):
+    _check_blocks(cuda, **case)
 
 
 def _check_tokens(cuda, codec, dim, value_dim, heads, block_size, tokens, some, splits):

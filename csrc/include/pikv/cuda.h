@@ -69,6 +69,12 @@ int pikv_cuda_attend_tokens(const float* q, int64_t rows, float softmax_scale, c
                             const int64_t* ids, const int64_t* offsets, const bool* read, int64_t count, int splits,
                             float* workspace, float* out, float* lse, void* stream);
 
+// Attention over blocks ids [count] from their logits [G, R, count * B], values with their low-rank part where there is
+// one; the rest as in attend_blocks.
+int pikv_cuda_attend_logits(const float* logits, int64_t rows, const Values* values, const int64_t* ids, int64_t count,
+                            const int64_t* key_positions, const int64_t* query_positions, int splits, float* workspace,
+                            float* out, float* lse, void* stream);
+
 // Merges `parts` partials: outs [parts, rows, dim], lses [parts, rows] to out [rows, dim], lse [rows].
 int pikv_cuda_merge_partials(const float* outs, const float* lses, int64_t parts, int64_t rows, int64_t dim, float* out,
                              float* lse, void* stream);
