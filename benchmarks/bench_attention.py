@@ -34,6 +34,7 @@ SHAPES = {"Mixtral-8x7B": (8, 4), "Qwen3-30B-A3B": (4, 8)}  # KV heads, query he
 CODECS = {"none": ((2, 0), 0), "int8": ((4, 4), 8), "int4": ((2, 2), 4)}  # planes of the keys, bits of the values
 READ, PRUNE = 0.0625, 0.25
 INT8 = "ours int8"
+LOW_RANK = "ours int8, low rank 16"
 
 
 class Work(NamedTuple):
@@ -95,11 +96,17 @@ def marks(seconds: dict[str, float], work: Work) -> list[Mark]:
         Mark("int8 attention, x the best SDPA fp32 form", ">=", 3, best_sdpa / int8),
         Mark("int8 attention, of the read bound", ">=", 0.6, bound_of(INT8, seconds, work)),
         Mark("int4 attention, x int8", ">=", 1.4, int8 / seconds["ours int4"]),
+        *low_rank_marks(seconds),
         Mark("scoring and selecting blocks, of int8", "<=", 0.1, seconds["score and select blocks, int8"] / int8),
         Mark("high plane of all tokens, of int8", "<=", 0.25, seconds["score all tokens, int8"] / int8),
         Mark("top_k 6.25 %, x int8", ">=", 3, int8 / seconds["top_k 6.25 %, int8"]),
         Mark("top_k 6.25 % of pruned 25 %, x int8", ">=", 5, int8 / seconds["top_k 6.25 % of pruned 25 %, int8"]),
     ]
+
+
+def low_rank_marks(seconds: dict[str, float]) -> list[Mark]:
+    """None on a GPU, where it is not measured."""
+    return [Mark(f"{n}, of int8", "<=", 1.2, seconds[n] / seconds[INT8]) for n in seconds if n == LOW_RANK]
 
 
 def all_calls(groups: int, heads: int, context: int, device: torch.device) -> Work:
@@ -125,6 +132,10 @@ def all_calls(groups: int, heads: int, context: int, device: torch.device) -> Wo
         exact = partial(ops.attend_blocks, q, source.keys, source.values, source.block_ids, DIM**-0.5)
         work.calls[f"ours {codec}"] = exact
         work.read[f"ours {codec}"] = source_bytes(source, codec)
+        if codec == "int8" and device.type == "cpu":
+            name, parted = LOW_RANK, low_rank(source, 16)
+            work.calls[name] = partial(ops.attend_blocks, q, parted.keys, parted.values, parted.block_ids, DIM**-0.5)
+            work.read[name] = source_bytes(parted, codec)
         if codec != "none":
             work.calls.update({f"{name}, {codec}": call for name, call in selective(q, source).items()})
         error = float((exact().out.flatten() - expected).norm() / expected.norm())
@@ -153,7 +164,19 @@ def source_bytes(source: Source, codec: str) -> int:
     """Stored bytes that exact attention reads."""
     if codec == "none":
         return source.keys.raw.nbytes + source.values.raw.nbytes
-    return sum(field.nbytes for field in (*source.keys, *source.values) if isinstance(field, Tensor))
+    parts = [field for stored in (source.keys, source.values) for field in (*stored, *(stored.low_rank or ()))]
+    return sum(field.nbytes for field in parts if isinstance(field, Tensor))
+
+
+def low_rank(source: Source, rank: int) -> Source:
+    """The same blocks with a low-rank part beside keys and values, whose bases are those of eight experts."""
+    blocks, groups = len(source.block_ids), source.keys.high.shape[1]
+
+    def part() -> ops.LowRank:
+        codes, _, scale, zero = ops.quantize_block(0.1 * torch.randn(blocks, groups, BLOCK, rank), 8, 0, True)
+        return ops.LowRank(codes, scale, zero, torch.randn(8, groups, rank, DIM), torch.randint(0, 8, (blocks,)))
+
+    return source._replace(keys=source.keys._replace(low_rank=part()), values=source.values._replace(low_rank=part()))
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object]]:

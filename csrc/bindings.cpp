@@ -46,9 +46,11 @@ STABLE_TORCH_LIBRARY(pikv, m) {
         "Tensor(c!)? k_low, Tensor(d!)? k_scale, Tensor(e!)? k_zero, int hi_bits, int lo_bits, Tensor(f!)? v, "
         "Tensor(g!)? v_codes, Tensor(h!)? v_scale, Tensor(i!)? v_zero, int v_bits) -> ()");
   m.def("prefetch(Tensor field, Tensor block_ids) -> ()");
-  m.def("attend_blocks_out(Tensor q, " PIKV_KEYS ", " PIKV_VALUES ", " PIKV_PARTS ", Tensor block_ids, float softmax_scale, "
+  m.def("attend_blocks_out(Tensor q, " PIKV_KEYS ", " PIKV_VALUES ", "
+        PIKV_PARTS ", Tensor block_ids, float softmax_scale, "
         "Tensor? key_positions, Tensor? query_positions, Tensor(a!) out, Tensor(b!) lse) -> ()");
-  m.def("attend_ragged_out(Tensor q, " PIKV_KEYS ", " PIKV_VALUES ", " PIKV_PARTS ", Tensor block_ids, Tensor first_blocks, "
+  m.def("attend_ragged_out(Tensor q, " PIKV_KEYS ", " PIKV_VALUES ", "
+        PIKV_PARTS ", Tensor block_ids, Tensor first_blocks, "
         "float softmax_scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("attend_tokens_out(Tensor q, " PIKV_KEYS ", " PIKV_VALUES ", " PIKV_PARTS ", Tensor block_ids, Tensor offsets, "
         "float softmax_scale, Tensor? read, Tensor(a!) out, Tensor(b!) lse) -> ()");
@@ -62,8 +64,10 @@ STABLE_TORCH_LIBRARY(pikv, m) {
         "Tensor block_ids, float softmax_scale, Tensor(a!) coarse, Tensor(b!) radius, Tensor(c!) spread) -> ()");
   m.def("score_blocks_out(Tensor q, Tensor k_scale, Tensor k_zero, int bits, Tensor block_ids, float softmax_scale, "
         "Tensor(a!) bound, Tensor(b!) centre, Tensor(c!) spread) -> ()");
-  m.def("key_logits_out(Tensor q, " PIKV_KEYS ", " PIKV_KEY_PART ", Tensor block_ids, float softmax_scale, Tensor(a!) logits) -> ()");
-  m.def("token_importance_out(Tensor q, Tensor lse, " PIKV_KEYS ", " PIKV_KEY_PART ", Tensor block_ids, float softmax_scale, "
+  m.def("key_logits_out(Tensor q, " PIKV_KEYS ", "
+        PIKV_KEY_PART ", Tensor block_ids, float softmax_scale, Tensor(a!) logits) -> ()");
+  m.def("token_importance_out(Tensor q, Tensor lse, " PIKV_KEYS ", "
+        PIKV_KEY_PART ", Tensor block_ids, float softmax_scale, "
         "Tensor(a!) importance) -> ()");
   m.def("window_importance_out(Tensor q, Tensor lse, Tensor k, int query_tokens, float softmax_scale, "
         "Tensor(a!) importance) -> ()");

@@ -292,13 +292,14 @@ void attend_tokens(const float* q, int64_t rows, const Keys& keys, const Values&
   const Factors of_values{tile.v_factors.data(), tile.v_basis.data(), false, head};
   auto gather = [&](const LowRank* part, int64_t i, std::vector<float>& a, std::vector<int64_t>& basis) {
     if (!part) return;
-    factor_rows(*part, keys.groups, keys.block_size, ids[i], head, offsets[i], 1, tile, a.data() + held * padded(part->rank));
+    factor_rows(*part, keys.groups, keys.block_size, ids[i], head, offsets[i], 1, tile,
+                a.data() + held * padded(part->rank));
     basis[held] = part->basis_of[ids[i]];
   };
   auto flush = [&] {
     clear_behind(tile, held, dim);
-    const Tokens here{tile.k.data(), tile.v.data(), keys, values, 0, held, nullptr, nullptr, keys.low_rank ? &of_keys : nullptr,
-                      values.low_rank ? &of_values : nullptr, &sums};
+    const Tokens here{tile.k.data(), tile.v.data(), keys, values, 0, held, nullptr, nullptr,
+                      keys.low_rank ? &of_keys : nullptr, values.low_rank ? &of_values : nullptr, &sums};
     absorb_rows(q, rows, tile, here, nullptr, partial);
     held = 0;
   };

@@ -1,5 +1,5 @@
-// The low-rank part of keys and values, never made dense: logits get (q B^T) A^T, and what the values' factors sum up to
-// meets their basis once, at the end. Included by kernels.inl.
+// The low-rank part of keys and values, never made dense: logits get (q B^T) A^T, and what the values' factors sum up
+// to meets their basis once, at the end. Included by kernels.inl.
 
 // Factors of tokens as floats: a [tokens, padded(rank)]; basis [tokens] of each; same: all have the first one's.
 struct Factors {
@@ -10,8 +10,8 @@ struct Factors {
 };
 
 // Factors of `count` tokens of a block's head, from `first` on, decoded to a.
-void factor_rows(const LowRank& part, int64_t groups, int64_t size, int64_t id, int64_t head, int64_t first, int64_t count, Tile& tile,
-                 float* a) {
+void factor_rows(const LowRank& part, int64_t groups, int64_t size, int64_t id, int64_t head, int64_t first,
+                 int64_t count, Tile& tile, float* a) {
   const int64_t rank = part.rank, stride = padded(rank), at = id * groups + head;
   if (static_cast<int64_t>(tile.factor_scale.size()) < 2 * stride) tile.factor_scale.resize(2 * stride);
   float *scale = tile.factor_scale.data(), *zero = scale + stride;
@@ -34,8 +34,8 @@ void fit_factors(const LowRank* part, int64_t tokens, std::vector<float>& a, std
 
 // logits [NR, width] of rows first .. of `rows` of a head += (q B^T) A^T.
 template <int NR>
-void add_factor_logits(const LowRank& part, const Factors& factors, int64_t groups, int64_t rows, int64_t first, Tile& tile,
-                       int64_t count, float* logits, int64_t width) {
+void add_factor_logits(const LowRank& part, const Factors& factors, int64_t groups, int64_t rows, int64_t first,
+                       Tile& tile, int64_t count, float* logits, int64_t width) {
   const int64_t stride = padded(part.rank);
   auto projected = [&](int64_t t) {
     return part.projected + ((factors.basis[t] * groups + factors.head) * rows + first) * stride;
@@ -102,7 +102,8 @@ class FactorSums {
     if (factors.same) {
       for (int r = 0; r < NR; ++r)
         if (high[r] != kMinusInf) ready(factors.basis[0], r);
-      accumulate<NR>(shares, width, factors.a, count, stride_, sums_.data() + (factors.basis[0] * all_ + first) * stride_, nullptr);
+      accumulate<NR>(shares, width, factors.a, count, stride_,
+                     sums_.data() + (factors.basis[0] * all_ + first) * stride_, nullptr);
       return;
     }
     for (int64_t t = 0; t < count; ++t)
@@ -110,7 +111,8 @@ class FactorSums {
         if (high[r] == kMinusInf) continue;
         float* sums = ready(factors.basis[t], r);
         const Vec share = splat(shares[r * width + t]);
-        for (int64_t j = 0; j < stride_; j += W) store(sums + j, load(sums + j) + share * load(factors.a + t * stride_ + j));
+        for (int64_t j = 0; j < stride_; j += W)
+          store(sums + j, load(sums + j) + share * load(factors.a + t * stride_ + j));
       }
   }
 

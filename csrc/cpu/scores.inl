@@ -132,7 +132,8 @@ void each_logit_row(const float* q, int64_t rows, const Keys& keys, int64_t id, 
     logits_of<NR>(q + first * q_stride, q_stride, tile, block, tile.weights.data(), width);
     if (keys.low_rank) {
       const Factors factors{tile.k_factors.data(), keys.low_rank->basis_of + id, true, head};
-      add_factor_logits<NR>(*keys.low_rank, factors, keys.groups, rows, first, tile, tokens, tile.weights.data(), width);
+      add_factor_logits<NR>(*keys.low_rank, factors, keys.groups, rows, first, tile, tokens, tile.weights.data(),
+                            width);
     }
     for (int r = 0; r < NR; ++r) take(first + r, tile.weights.data() + r * width);
   });

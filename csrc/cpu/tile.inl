@@ -8,8 +8,8 @@
 struct Tile {
   std::vector<float> k, v, weights, v_scale, v_zero, k_scale, k_zero, k_middle, k_reach, scaled_q;
   std::vector<int32_t> q_bytes, weight_bytes;
-  // Of low-rank parts, in size as low_rank.inl needs them: factors [tokens, padded(rank)] and bases [tokens] of both sides,
-  // scales of factors, what factors add to logits, and weights before the scales of values are folded in.
+  // Of low-rank parts, in size as low_rank.inl needs them: factors [tokens, padded(rank)] and bases [tokens] of both
+  // sides, scales of factors, what factors add to logits, and weights before the scales of values are folded in.
   std::vector<float> k_factors, v_factors, factor_scale, factor_logits, shares;
   std::vector<int64_t> k_basis, v_basis;
 

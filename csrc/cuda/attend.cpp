@@ -63,7 +63,8 @@ Values stored_values(const Tensor& q, PIKV_VALUE_ARGUMENTS, const Keys& keys, co
 
 }  // namespace
 
-void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS, const Tensor& block_ids,
+void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS,
+                   const Tensor& block_ids,
                    double softmax_scale, const MaybeTensor& key_positions, const MaybeTensor& query_positions,
                    Tensor out, Tensor lse) {
   STD_TORCH_CHECK(q.dim() == 3, "q: expected [groups, rows, channels]");
@@ -95,8 +96,8 @@ void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PI
                                                         to.splits, to.between, to.out, to.lse, to.stream));
 }
 
-void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS, const Tensor& block_ids,
-                   const Tensor& first_blocks, double softmax_scale, Tensor out, Tensor lse) {
+void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS,
+                   const Tensor& block_ids, const Tensor& first_blocks, double softmax_scale, Tensor out, Tensor lse) {
   STD_TORCH_CHECK(k_low_rank.empty() && v_low_rank.empty(), "low-rank parts: not on CUDA yet");
   STD_TORCH_CHECK(q.dim() == 4, "q: expected [requests, groups, rows, channels]");
   const DeviceGuard guard(q.get_device_index());
@@ -132,7 +133,8 @@ void attend_at(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTen
                                    to.out, to.lse, to.stream));
 }
 
-void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS, const Tensor& block_ids,
+void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS,
+                   const Tensor& block_ids,
                    const Tensor& offsets, double softmax_scale, const MaybeTensor& read, Tensor out, Tensor lse) {
   STD_TORCH_CHECK(k_low_rank.empty() && v_low_rank.empty(), "low-rank parts: not on CUDA yet");
   STD_TORCH_CHECK(q.dim() == 3, "q: expected [groups, rows, channels]");

@@ -65,7 +65,8 @@ void attend_runs(const float* queries, int64_t rows, const Keys& keys, const Val
     for (int64_t i = from; i < to; ++i) {
       const Piece& piece = pieces[i];
       set.attend_blocks(queries + piece.request * all_rows * padded(keys.dim), rows, keys, values, ids + piece.first,
-                        piece.last - piece.first, key_positions ? key_positions + piece.first * keys.block_size : nullptr,
+                        piece.last - piece.first,
+                        key_positions ? key_positions + piece.first * keys.block_size : nullptr,
                         query_positions, partials[i].at(0, values.dim));
     }
   });
@@ -76,15 +77,16 @@ void attend_runs(const float* queries, int64_t rows, const Keys& keys, const Val
 
 }  // namespace
 
-void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS, const Tensor& block_ids,
-                   double softmax_scale,
+void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS,
+                   const Tensor& block_ids, double softmax_scale,
                    const MaybeTensor& key_positions, const MaybeTensor& query_positions, Tensor out, Tensor lse) {
   STD_TORCH_CHECK(q.dim() == 3 && out.dim() == 3, "q, out: expected [groups, rows, channels]");
   const std::vector<float> queries = padded_queries(q, static_cast<float>(softmax_scale));
   const int64_t groups = q.size(0), rows = q.size(1), value_dim = out.size(2);
   Keys keys = KeyArguments{k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits}.view(groups, q.size(2));
   Values values = ValueArguments{v, v_codes, v_scale, v_zero, v_bits}.view(groups, keys.block_size, value_dim);
-  LowRankPart k_part(k_low_rank, groups, keys.block_size, keys.dim), v_part(v_low_rank, groups, keys.block_size, value_dim);
+  LowRankPart k_part(k_low_rank, groups, keys.block_size, keys.dim);
+  LowRankPart v_part(v_low_rank, groups, keys.block_size, value_dim);
   keys.low_rank = k_part.get(), values.low_rank = v_part.get();
   check("block_ids", block_ids, ScalarType::Long, {-1});
   check("out", out, ScalarType::Float, {groups, rows, value_dim});
@@ -104,14 +106,15 @@ void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PI
               mutable_data<float>(lse));
 }
 
-void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS, const Tensor& block_ids,
-                   const Tensor& first_blocks, double softmax_scale, Tensor out, Tensor lse) {
+void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS,
+                   const Tensor& block_ids, const Tensor& first_blocks, double softmax_scale, Tensor out, Tensor lse) {
   STD_TORCH_CHECK(q.dim() == 4 && out.dim() == 4, "q, out: expected [requests, groups, rows, channels]");
   const std::vector<float> queries = padded_queries(q, static_cast<float>(softmax_scale));
   const int64_t requests = q.size(0), groups = q.size(1), rows = q.size(2), value_dim = out.size(3);
   Keys keys = KeyArguments{k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits}.view(groups, q.size(3));
   Values values = ValueArguments{v, v_codes, v_scale, v_zero, v_bits}.view(groups, keys.block_size, value_dim);
-  LowRankPart k_part(k_low_rank, groups, keys.block_size, keys.dim), v_part(v_low_rank, groups, keys.block_size, value_dim);
+  LowRankPart k_part(k_low_rank, groups, keys.block_size, keys.dim);
+  LowRankPart v_part(v_low_rank, groups, keys.block_size, value_dim);
   keys.low_rank = k_part.get(), values.low_rank = v_part.get();
   check("block_ids", block_ids, ScalarType::Long, {-1});
   check("first_blocks", first_blocks, ScalarType::Long, {requests + 1});
@@ -120,8 +123,10 @@ void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PI
   const int64_t* first = data<int64_t>(first_blocks);
   STD_TORCH_CHECK(first[0] == 0 && first[requests] == block_ids.numel() && std::is_sorted(first, first + requests + 1),
                   "first_blocks: expected 0, ascending, to ", block_ids.numel());
-  check_ids("block_ids", data<int64_t>(block_ids), block_ids.numel(), std::min(blocks_of(k, k_high), blocks_of(v, v_codes)));
-  const int64_t together = keys.low_rank || values.low_rank ? 1 : requests;  // queries meet the bases request by request
+  check_ids("block_ids", data<int64_t>(block_ids), block_ids.numel(),
+            std::min(blocks_of(k, k_high), blocks_of(v, v_codes)));
+  // Queries meet the bases request by request.
+  const int64_t together = keys.low_rank || values.low_rank ? 1 : requests;
   for (int64_t i = 0; i < requests; i += together) {
     const float* q_here = queries.data() + i * groups * rows * padded(keys.dim);
     k_part.read(data<int64_t>(block_ids) + first[i], first[i + together] - first[i], q_here, rows);
@@ -131,15 +136,16 @@ void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PI
   }
 }
 
-void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS, const Tensor& block_ids,
-                   const Tensor& offsets,
+void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS,
+                   const Tensor& block_ids, const Tensor& offsets,
                    double softmax_scale, const MaybeTensor& read, Tensor out, Tensor lse) {
   STD_TORCH_CHECK(q.dim() == 3 && out.dim() == 3, "q, out: expected [groups, rows, channels]");
   const std::vector<float> queries = padded_queries(q, static_cast<float>(softmax_scale));
   const int64_t groups = q.size(0), rows = q.size(1), value_dim = out.size(2), stride = padded(q.size(2));
   Keys keys = KeyArguments{k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits}.view(groups, q.size(2));
   Values values = ValueArguments{v, v_codes, v_scale, v_zero, v_bits}.view(groups, keys.block_size, value_dim);
-  LowRankPart k_part(k_low_rank, groups, keys.block_size, keys.dim), v_part(v_low_rank, groups, keys.block_size, value_dim);
+  LowRankPart k_part(k_low_rank, groups, keys.block_size, keys.dim);
+  LowRankPart v_part(v_low_rank, groups, keys.block_size, value_dim);
   keys.low_rank = k_part.get(), values.low_rank = v_part.get();
   check("block_ids", block_ids, ScalarType::Long, {groups, -1});
   const int64_t count = block_ids.size(1);
@@ -147,7 +153,8 @@ void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PI
   if (read) check("read", *read, ScalarType::Bool, {groups, count});
   check("out", out, ScalarType::Float, {groups, rows, value_dim});
   check("lse", lse, ScalarType::Float, {groups, rows});
-  check_ids("block_ids", data<int64_t>(block_ids), groups * count, std::min(blocks_of(k, k_high), blocks_of(v, v_codes)));
+  check_ids("block_ids", data<int64_t>(block_ids), groups * count,
+            std::min(blocks_of(k, k_high), blocks_of(v, v_codes)));
   k_part.read(data<int64_t>(block_ids), groups * count, queries.data(), rows);
   v_part.read(data<int64_t>(block_ids), groups * count, nullptr, rows);
   check_ids("offsets", data<int64_t>(offsets), groups * count, keys.block_size);

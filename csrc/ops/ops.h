@@ -25,14 +25,18 @@ void append(const Tensor& new_k, const Tensor& new_v, const Tensor& block_ids, M
             MaybeTensor v_codes, MaybeTensor v_scale, MaybeTensor v_zero, int64_t v_bits);
 void prefetch(const Tensor& field, const Tensor& block_ids);
 
-void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS, const Tensor& block_ids, double softmax_scale,
+void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS,
+                   const Tensor& block_ids, double softmax_scale,
                    const MaybeTensor& key_positions, const MaybeTensor& query_positions, Tensor out, Tensor lse);
-void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS, const Tensor& block_ids,
-                   const Tensor& first_blocks, double softmax_scale, Tensor out, Tensor lse);
-void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS, const Tensor& block_ids, const Tensor& offsets,
+void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS,
+                   const Tensor& block_ids, const Tensor& first_blocks, double softmax_scale, Tensor out, Tensor lse);
+void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS,
+                   const Tensor& block_ids, const Tensor& offsets,
                    double softmax_scale, const MaybeTensor& read, Tensor out, Tensor lse);
-void attend_mass(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids, const Tensor& coarse,
-                 double slope, const Tensor& extra, const Tensor& raw_lse, double epsilon, double softmax_scale, Tensor out, Tensor lse,
+void attend_mass(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, const Tensor& block_ids,
+                 const Tensor& coarse,
+                 double slope, const Tensor& extra, const Tensor& raw_lse, double epsilon, double softmax_scale,
+                     Tensor out, Tensor lse,
                  Tensor read);
 void attend_at(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& key_positions,
                const MaybeTensor& query_positions, double softmax_scale, Tensor out, Tensor lse);
@@ -43,9 +47,10 @@ void score_tokens(const Tensor& q, const MaybeTensor& k, const Tensor& k_high, c
                   Tensor coarse, Tensor radius, Tensor spread);
 void score_blocks(const Tensor& q, const Tensor& k_scale, const Tensor& k_zero, int64_t bits, const Tensor& block_ids,
                   double softmax_scale, Tensor bound, Tensor centre, Tensor spread);
-void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_KEY_PART_ARGUMENT, const Tensor& block_ids, double softmax_scale, Tensor logits);
-void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, PIKV_KEY_PART_ARGUMENT, const Tensor& block_ids, double softmax_scale,
-                      Tensor importance);
+void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_KEY_PART_ARGUMENT, const Tensor& block_ids,
+                double softmax_scale, Tensor logits);
+void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, PIKV_KEY_PART_ARGUMENT,
+                      const Tensor& block_ids, double softmax_scale, Tensor importance);
 void window_importance(const Tensor& q, const Tensor& lse, const Tensor& k, int64_t query_tokens, double softmax_scale,
                        Tensor importance);
 void rank_tokens(const Tensor& coarse, const Tensor& raw_lse, Tensor rank);

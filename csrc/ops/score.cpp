@@ -64,7 +64,8 @@ void score_blocks(const Tensor& q, const Tensor& k_scale, const Tensor& k_zero, 
   });
 }
 
-void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_KEY_PART_ARGUMENT, const Tensor& block_ids, double softmax_scale, Tensor logits) {
+void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_KEY_PART_ARGUMENT, const Tensor& block_ids,
+                double softmax_scale, Tensor logits) {
   STD_TORCH_CHECK(q.dim() == 3, "q: expected [groups, rows, channels]");
   const std::vector<float> queries = padded_queries(q, static_cast<float>(softmax_scale));
   const int64_t groups = q.size(0), rows = q.size(1), stride = padded(q.size(2));
@@ -88,8 +89,8 @@ void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_KEY_PART_ARGUMENT, con
   });
 }
 
-void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, PIKV_KEY_PART_ARGUMENT, const Tensor& block_ids, double softmax_scale,
-                      Tensor importance) {
+void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, PIKV_KEY_PART_ARGUMENT,
+                      const Tensor& block_ids, double softmax_scale, Tensor importance) {
   STD_TORCH_CHECK(q.dim() == 3, "q: expected [groups, rows, channels]");
   const std::vector<float> queries = padded_queries(q, static_cast<float>(softmax_scale));
   const int64_t groups = q.size(0), rows = q.size(1);

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pikv_megatron.ops import reference
 from pikv_megatron.ops.reference import BlockScores, Keys, Partial, TokenScores, Values
+from pikv_megatron.ops.reference.score import refuse_low_rank
 
 OUT_OPS = (
     "quantize_block",
@@ -64,6 +65,7 @@ def dequantize_block(
 
 def score_blocks(q: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float) -> BlockScores:
     """See reference.score_blocks."""
+    refuse_low_rank(keys)
     q = q.float().contiguous()
     bound = q.new_empty(*q.shape[:2], block_ids.shape[0])
     scores = BlockScores(bound, torch.empty_like(bound), torch.empty_like(bound))
@@ -75,6 +77,7 @@ def score_blocks(q: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float)
 
 def score_tokens(q: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float) -> TokenScores:
     """See reference.score_tokens."""
+    refuse_low_rank(keys)
     raw, high, _, scale, zero, hi_bits, lo_bits = _flat(keys)
     assert keys.high is not None
     q, block_ids = q.float().contiguous(), block_ids.contiguous()
@@ -99,7 +102,7 @@ def score_tokens(q: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float)
 
 
 def _flat(fields: Keys | Values) -> list[Tensor | int | None]:
-    """The fields as the ops take them; a pool's tensors are contiguous and pass as they are; but for the low-rank part."""
+    """The fields but the low-rank part, as the ops take them; a pool's tensors are contiguous and pass as they are."""
     return [field.contiguous() if isinstance(field, Tensor) else field for field in fields[:-1]]
 
 
@@ -193,8 +196,9 @@ def attend_mass(
     epsilon: float,
     softmax_scale: float,
 ) -> tuple[list[Partial], Tensor]:
-    """See reference.attend_mass. On CPU, of one pool without a low-rank part, little is read beyond what is needed; else
-    every key is, and the values of the tokens that are needed: reading until it is enough would keep most of a GPU waiting.
+    """See reference.attend_mass. On CPU, of one pool without a low-rank part, little is read beyond what is needed;
+    else every key is, and the values of the tokens that are needed: reading until it is enough would keep most of a GPU
+    waiting.
     """
     low_rank = any(keys.low_rank or values.low_rank for keys, values, _ in stored)
     if len(stored) == 1 and not q.is_cuda and not low_rank:

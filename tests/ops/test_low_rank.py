@@ -38,10 +38,14 @@ def _close(partial, expected) -> None:
 
 
 def test_whole_blocks(ops, case):
-    held, (q, other), ids, scale = case
+    held, (q, _), ids, scale = case
     part = held.keys.low_rank or held.values.low_rank
     assert len(part.basis_of[ids].unique()) == BASES
     _close(ops.attend_blocks(q, held.keys, held.values, ids, scale), dense_rows(q, *rows_of(held, ids), scale))
+
+
+def test_several_requests(ops, case):
+    held, (q, other), ids, scale = case
     both = ops.attend_ragged(
         torch.stack([q, other]), held.keys, held.values, ids, torch.tensor([0, 5, len(ids)]), scale
     )
@@ -81,3 +85,12 @@ def test_positions(ops):
     out, lse = dense_rows(q, *rows_of(held, ids), 0.125, at.flatten() <= queries.unsqueeze(1))
     assert (partial.out[:, 0] == 0).all() and (partial.lse[:, 0] == -torch.inf).all()
     _close(ops.Partial(partial.out[:, 1:], partial.lse[:, 1:]), (out[:, 1:], lse[:, 1:]))
+
+
+def test_scores_refuse_a_part(ops):
+    """Neither the bounds nor the high plane know of it."""
+    held = with_parts(random_store(BLOCKS, GROUPS, 16, 64, 64, "int8"), 16, 16, BASES)
+    q, ids = torch.randn(GROUPS, 4, 64), torch.arange(BLOCKS)
+    for score in (ops.score_blocks, ops.score_tokens):
+        with pytest.raises(ValueError, match=r"keys.low_rank: .* expected keys without a low-rank part"):
+            score(q, held.keys, ids, 0.125)

@@ -12,9 +12,9 @@ namespace pikv {
 
 enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
 
-// What is added to decoded rows: A B. Factors A are 8-bit codes [blocks, G, B, rank] with scale and zero [blocks, G, rank]
-// float16; basis B [bases, G, rank, channels]; basis_of [blocks]. projected: of keys, q B^T [bases, G, R, padded(rank)] of
-// the bases that are read.
+// What is added to decoded rows: A B. Factors A are 8-bit codes [blocks, G, B, rank] with scale and zero [blocks, G,
+// rank] float16; basis B [bases, G, rank, channels]; basis_of [blocks]. projected: of keys, q B^T [bases, G, R,
+// padded(rank)] of the bases that are read.
 struct LowRank {
   const uint8_t* codes;
   const uint16_t* scale;
@@ -25,8 +25,8 @@ struct LowRank {
   int64_t rank, bases;
 };
 
-// Stored keys. raw [blocks, G, B, D] or null (then the codes are the keys); high [blocks, G, B, D*hi_bits/8]; low likewise
-// or null; scale, zero [blocks, G, D] float16, or null where there are no codes.
+// Stored keys. raw [blocks, G, B, D] or null (then the codes are the keys); high [blocks, G, B, D*hi_bits/8]; low
+// likewise or null; scale, zero [blocks, G, D] float16, or null where there are no codes.
 struct Keys {
   const void* raw;
   const uint8_t* high;

@@ -35,8 +35,15 @@ class BlockScores(NamedTuple):
     spread: Tensor
 
 
+def refuse_low_rank(keys: Keys) -> None:
+    """Raises ValueError for keys with a low-rank part, of which neither bounds nor planes know."""
+    if keys.low_rank is not None:
+        raise ValueError("keys.low_rank: scores are of the codes alone, expected keys without a low-rank part")
+
+
 def score_blocks(q: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float) -> BlockScores:
-    """Scores blocks by their bounds. q: [G, R, D]; block_ids: [n]."""
+    """Scores blocks by their bounds. q: [G, R, D]; block_ids: [n]. Raises ValueError: keys have a low-rank part."""
+    refuse_low_rank(keys)
     assert keys.scale is not None and keys.zero is not None
     scale, zero = keys.scale.index_select(0, block_ids), keys.zero.index_select(0, block_ids)
     lower, upper = block_bounds(scale, zero, keys.hi_bits + keys.lo_bits)
@@ -69,7 +76,11 @@ class TokenScores(NamedTuple):
 
 
 def score_tokens(q: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float) -> TokenScores:
-    """Scores tokens by the high plane of their keys. q: [G, R, D]; block_ids: [n] or, a list per KV head, [G, n]."""
+    """Scores tokens by the high plane of their keys. q: [G, R, D]; block_ids: [n] or, a list per KV head, [G, n].
+
+    Raises ValueError: keys have a low-rank part.
+    """
+    refuse_low_rank(keys)
     assert keys.high is not None and keys.scale is not None and keys.zero is not None
     q = q.float()
     pick = _picker(block_ids, q.shape[0])
