@@ -49,11 +49,17 @@ def test_attention_prints_every_row_and_mark():
     assert done.returncode == 0, done.stderr
     for row in ("sequential read", "SDPA fp32, enable_gqa", "SDPA bf16, group as query length", "transformers, eager"):
         assert done.stdout.count(f"\n{row} ") == 2  # one per shape
-    for row in ("Megatron static context", "ours none", "ours int8", "top_k 6.25 % of pruned 25 %, int4"):
+    for row in (
+        "Megatron static context",
+        "ours none",
+        "ours int8",
+        "ours int8, low rank 16",
+        "top_k 6.25 % of pruned 25 %, int4",
+    ):
         assert done.stdout.count(f"\n{row} ") == 2
     missing = [line for line in done.stdout.splitlines() if "not installed" in line]
     assert len(missing) == 2 * sum(2 for host in ("megatron", "transformers") if not importlib.util.find_spec(host))
-    assert len(re.findall(r"^mark: .+: wanted [<>]= [\d.]+, got \d+\.\d\d(, missed)?$", done.stdout, re.M)) == 2 * 7
+    assert len(re.findall(r"^mark: .+: wanted [<>]= [\d.]+, got \d+\.\d\d(, missed)?$", done.stdout, re.M)) == 2 * 8
 
 
 def test_cache_prints_every_row_and_mark():
