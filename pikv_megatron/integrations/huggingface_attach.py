@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from pikv_megatron.config import ModelConfig
 from pikv_megatron.integrations import huggingface_attention  # noqa: F401 - registers what attach switches to
 from pikv_megatron.integrations.huggingface_current import NAME, current
 from pikv_megatron.integrations.huggingface_model import (
@@ -47,22 +48,27 @@ def attach(model: nn.Module) -> None:
     Forwards without a `PiKVHFCache` go on with the former attention. `detach` undoes it.
 
     Raises:
-        RuntimeError: the model is attached already.
+        RuntimeError: the model is attached already, or is the copy of an attached one, or shares its config.
         NotImplementedError: PiKV does not serve this model exactly; the message names why.
     """
     hf_model = find_model(model)
     if hf_model in _attached:
         raise RuntimeError(f"model: {type(hf_model).__name__} is on PiKV already; detach(model) first")
-    model_config(hf_model)
+    served = model_config(hf_model)
     found, config = routers(hf_model), hf_model.config.get_text_config(decoder=True)
+    implementation = config._attn_implementation
+    if implementation == NAME:
+        raise RuntimeError(
+            f"attn_implementation: {type(hf_model).__name__} has {NAME!r} without being attached: "
+            "a copy of an attached model, or one that shares its config; detach before copying, and give each model a config of its own"
+        )
     if not found and config_experts(config):
         name, experts = type(hf_model).__name__, config_experts(config)
         log.warning("%s: no router found for its %d experts, all blocks get the label 0", name, experts)
-    implementation = config._attn_implementation
     hf_model.set_attn_implementation(NAME)
     decoder = decoder_of(hf_model)
     hooks = [
-        decoder.register_forward_pre_hook(partial(_before, config, implementation), with_kwargs=True),
+        decoder.register_forward_pre_hook(partial(_before, config, implementation, served), with_kwargs=True),
         decoder.register_forward_hook(partial(_after, config), always_call=True),
     ]
     hooks += [router.gate.register_forward_hook(partial(_observe, router)) for router in found]
@@ -85,15 +91,30 @@ def detach(model: nn.Module) -> None:
 
 
 def _before(
-    config: Any, implementation: str, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    config: Any,
+    implementation: str,
+    served: ModelConfig,
+    decoder: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
-    """Gives a forward without a cache of ours the model's former attention, masks and all."""
-    if getattr(kwargs.get("past_key_values"), "attention", None) != NAME:
+    """Checks that a cache of ours fits; gives a forward without one the model's former attention, masks and all."""
+    cache: Any = kwargs.get("past_key_values")
+    if getattr(cache, "attention", None) != NAME:
         config._attn_implementation = implementation
+        return
+    for name in ("num_layers", "num_experts", "sliding_windows"):
+        made, expected = getattr(cache.cache.model, name), getattr(served, name)
+        if made != expected:
+            raise ValueError(
+                f"past_key_values: made for another model, its {name} is {made}, {config.model_type} has {expected}"
+            )
 
 
 def _after(config: Any, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Ends a forward, a failed one too: nothing of it stays, and no reference to its cache."""
     config._attn_implementation = NAME
+    current.writing = current.routed = None
 
 
 def _observe(router: Router, gate: nn.Module, args: tuple[Any, ...], output: Any) -> None:

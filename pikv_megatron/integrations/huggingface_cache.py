@@ -7,6 +7,8 @@ which of its columns are real, per row. Who computes attention, and how a cache 
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -342,14 +344,28 @@ def _check_contiguous(mask: Tensor) -> None:
 
 
 class _Layer(CacheLayerMixin):
-    """What transformers reads of one layer of a cache. It holds nothing."""
+    """What transformers reads of one layer of a cache. It holds nothing; its reference to the cache is weak, so that
+    the cache's memory goes with the last reference to it and not with a later garbage collection.
+    """
 
     is_croppable = True
     is_sliding: bool
 
     def __init__(self, owner: PiKVHFCache, layer_id: int) -> None:
-        self._owner, self._layer_id = owner, layer_id
+        self._weak_owner, self._layer_id = weakref.ref(owner), layer_id
         self.is_sliding = owner.cache.model.sliding_window(layer_id) is not None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Layer:
+        """A layer is copied with its cache, whose copy is in `memo` by then."""
+        layer = copy.copy(self)
+        layer._weak_owner = weakref.ref(copy.deepcopy(self._owner, memo))
+        return layer
+
+    @property
+    def _owner(self) -> PiKVHFCache:
+        owner = self._weak_owner()
+        assert owner is not None, "a layer is used through its cache"
+        return owner
 
     @property
     def is_initialized(self) -> bool:

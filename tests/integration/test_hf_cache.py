@@ -5,6 +5,8 @@ left behind. docs/huggingface.md has the list.
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -136,6 +138,29 @@ def test_a_copy_goes_its_own_way(stock, model, caches):
     for cache, seed in ((copies, 3), (caches, 4)):
         new = torch.randint(1, VOCAB, (3, 30), generator=torch.Generator().manual_seed(seed))
         both(stock, model, cache, new, attention_mask=more)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("family", ["Mixtral", "Llama"])
+def test_memory_goes_with_the_last_reference(family, fails):
+    """Not with a garbage collection to come, nor with the next forward of a layer without a router."""
+    model, (ids, mask) = make(family), prompts()
+    cache = PiKVHFCache(model, RUNTIME)
+    memory = weakref.ref(cache.cache)
+    if fails:
+        model.model.layers[1].mlp.register_forward_hook(lambda *_: {}["gone"])
+        with pytest.raises(KeyError, match="gone"):
+            model(ids, attention_mask=mask, past_key_values=cache)
+    else:
+        model(ids, attention_mask=mask, past_key_values=cache)
+    gc.collect()  # what a forward or a caught error has left
+    gc.disable()
+    try:
+        del cache
+        assert memory() is None
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()

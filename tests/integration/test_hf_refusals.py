@@ -4,6 +4,8 @@ anything has changed.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -76,6 +78,37 @@ def test_attach_and_detach(model):
         assert not is_attached(model)
         assert hooks == 3 + 1 and not any(module._forward_hooks for module in model.modules())
         assert torch.equal(model(ids, attention_mask=mask).logits, before)
+
+
+def test_a_model_whose_config_says_pikv_is_not_attached_over_it(model):
+    """There would be no former attention to go back to, and the hooks of a copy would stand twice."""
+    attach(model)
+    for other in (copy.deepcopy(model), type(model)(model.config)):
+        with pytest.raises(RuntimeError, match="without being attached: a copy of an attached model"):
+            attach(other)
+        assert not is_attached(other)
+    detach(model)
+    attach(copy.deepcopy(model))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "changes", "name"),
+    [
+        ("Mixtral", {"num_hidden_layers": 2}, "num_layers"),
+        ("Mixtral", {"num_local_experts": 4}, "num_experts"),
+        ("Mixtral", {"sliding_window": 4}, "sliding_windows"),
+    ],
+)
+def test_a_cache_of_another_model_is_refused(model, family, changes, name):
+    """Its shapes may fit all the same: a window would be missed, or every block labelled 0, without a word."""
+    cache, other = PiKVHFCache(model, RUNTIME), make(family, **changes)
+    attach(other)
+    ids, mask = prompts()
+    with pytest.raises(ValueError, match=f"made for another model, its {name} is"):
+        other(ids, attention_mask=mask, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    model(ids, attention_mask=mask, past_key_values=cache)
 
 
 def test_experts_without_a_router_are_said_once(caplog):
