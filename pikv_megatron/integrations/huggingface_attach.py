@@ -59,9 +59,8 @@ def attach(model: nn.Module) -> None:
     implementation = config._attn_implementation
     if implementation == NAME:
         raise RuntimeError(
-            f"attn_implementation: {type(hf_model).__name__} has {NAME!r} without being attached: "
-            "a copy of an attached model, or one that shares its config; detach before copying, and give each model a "
-            "config of its own"
+            f"attn_implementation: {type(hf_model).__name__} has {NAME!r} without being attached, as the copy of an "
+            "attached model or by sharing its config; copy before attaching, and give each model a config of its own"
         )
     if not found and config_experts(config):
         name, experts = type(hf_model).__name__, config_experts(config)

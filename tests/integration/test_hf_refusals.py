@@ -84,7 +84,7 @@ def test_a_model_whose_config_says_pikv_is_not_attached_over_it(model):
     """There would be no former attention to go back to, and the hooks of a copy would stand twice."""
     attach(model)
     for other in (copy.deepcopy(model), type(model)(model.config)):
-        with pytest.raises(RuntimeError, match="without being attached: a copy of an attached model"):
+        with pytest.raises(RuntimeError, match="without being attached, as the copy of an attached model"):
             attach(other)
         assert not is_attached(other)
     detach(model)
@@ -253,3 +253,15 @@ def test_a_forward_that_ends_early_is_told_from_then_on(model):
 def test_what_is_no_model_is_refused():
     with pytest.raises(TypeError, match="expected a transformers model or a wrapper of one, got Linear"):
         attach(torch.nn.Linear(2, 2))
+
+
+@torch.no_grad()
+def test_reset_mends_a_cache_whose_attention_never_came(model):
+    ids, mask = prompts()
+    cache = PiKVHFCache(model, RUNTIME)
+    cache.update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8), 0)
+    with pytest.raises(RuntimeError, match="layer 0: its attention did not run through PiKV"):
+        model(ids, attention_mask=mask, past_key_values=cache)
+    cache.reset()
+    ours = model(ids, attention_mask=mask, past_key_values=cache).logits
+    assert torch.equal(ours, model(ids, attention_mask=mask, past_key_values=PiKVHFCache(model, RUNTIME)).logits)
