@@ -136,7 +136,8 @@ def _serve(engine: Any, generate: Callable[..., Any], runtime: RuntimeConfig, sy
     """Puts a `generate` that makes its own cache in front of an engine's; the first cache attaches the model."""
 
     def generate_on_pikv(*inputs: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is None:
+        if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
+            kwargs["use_cache"] = True  # a config without it would feed every token again at each step
             engine.pikv_cache = None  # its memory goes before the next one's is taken
             kwargs["past_key_values"] = engine.pikv_cache = PiKVHFCache(engine, runtime)
         if synced_gpus:

@@ -67,6 +67,19 @@ def test_init_inference_generates_what_transformers_does(family):
     assert len(set(map(id, seen))) == len(VARIANTS)  # one cache per call
 
 
+def test_use_cache_false_makes_no_cache_and_a_config_that_says_so_gets_one():
+    """generate feeds every token again without use_cache; a cache would hold them all several times."""
+    ids, mask = prompts()
+    model = make("Mixtral")
+    expected, _ = generate(model, ids, mask, max_new_tokens=8)
+    engine = host.init_inference(model, {"dtype": "fp32", "pikv": {"runtime": RUNTIME}})
+    tokens, _ = generate(engine, ids, mask, max_new_tokens=8, use_cache=False)
+    assert torch.equal(tokens, expected) and engine.pikv_cache is None
+    engine.module.generation_config.use_cache = False
+    tokens, _ = generate(engine, ids, mask, max_new_tokens=8)
+    assert torch.equal(tokens, expected) and engine.pikv_cache.get_seq_length() == ids.shape[1] + 7
+
+
 def test_a_cache_of_the_users_own_is_taken():
     ids, mask = prompts()
     engine = host.init_inference(make("Mixtral"), {"dtype": "fp32", "pikv": {"runtime": RUNTIME}})
