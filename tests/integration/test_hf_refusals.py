@@ -265,3 +265,20 @@ def test_reset_mends_a_cache_whose_attention_never_came(model):
     cache.reset()
     ours = model(ids, attention_mask=mask, past_key_values=cache).logits
     assert torch.equal(ours, model(ids, attention_mask=mask, past_key_values=PiKVHFCache(model, RUNTIME)).logits)
+
+
+@torch.no_grad()
+def test_rows_stay_where_they_are_while_a_forward_is_half_done(model):
+    ids, mask = prompts()
+    cache = PiKVHFCache(model, RUNTIME)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    cache.update(torch.zeros(3, 2, 1, 8), torch.zeros(3, 2, 1, 8), 0)
+    rows = torch.tensor([0, 0, 1])
+    for change, value in (
+        (cache.reorder_cache, rows),
+        (cache.batch_repeat_interleave, 2),
+        (cache.batch_select_indices, rows),
+        (cache.crop, -1),
+    ):
+        with pytest.raises(RuntimeError, match="ended early"):
+            change(value)
