@@ -233,13 +233,11 @@ void attend_blocks(const float* q, int64_t rows, const Keys& keys, const Values&
       Tokens block{k, v, keys, values, row, tokens, key_positions ? key_positions + i * tokens : nullptr, &ahead};
       Factors of_keys, of_values;
       if (keys.low_rank) {
-        factor_rows(*keys.low_rank, groups, tokens, ids[i], head, 0, tokens, tile, tile.k_factors.data());
-        of_keys = {tile.k_factors.data(), keys.low_rank->basis_of + ids[i], true, head};
+        of_keys = block_factors(*keys.low_rank, groups, tokens, ids[i], head, tile, tile.k_factors.data());
         block.k_factors = &of_keys;
       }
       if (values.low_rank) {
-        factor_rows(*values.low_rank, groups, tokens, ids[i], head, 0, tokens, tile, tile.v_factors.data());
-        of_values = {tile.v_factors.data(), values.low_rank->basis_of + ids[i], true, head};
+        of_values = block_factors(*values.low_rank, groups, tokens, ids[i], head, tile, tile.v_factors.data());
         block.v_factors = &of_values, block.sums = &sums;
       }
       absorb_rows(q + head * rows * padded(keys.dim), rows, tile, block, query_positions,
@@ -288,8 +286,8 @@ void attend_tokens(const float* q, int64_t rows, const Keys& keys, const Values&
   FactorSums sums(values, rows, 1, head, partial);
   fit_factors(keys.low_rank, kTokens, tile.k_factors, tile.k_basis);
   fit_factors(values.low_rank, kTokens, tile.v_factors, tile.v_basis);
-  const Factors of_keys{tile.k_factors.data(), tile.k_basis.data(), false, head};
-  const Factors of_values{tile.v_factors.data(), tile.v_basis.data(), false, head};
+  const Factors of_keys{tile.k_factors.data(), tile.k_basis.data(), false, head, 0};
+  const Factors of_values{tile.v_factors.data(), tile.v_basis.data(), false, head, 0};
   auto gather = [&](const LowRank* part, int64_t i, std::vector<float>& a, std::vector<int64_t>& basis) {
     if (!part) return;
     factor_rows(*part, keys.groups, keys.block_size, ids[i], head, offsets[i], 1, tile,

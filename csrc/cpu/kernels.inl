@@ -21,7 +21,6 @@ namespace {
 #include "vec.inl"
 #include "codes.inl"
 #include "tile.inl"
-#include "low_rank.inl"
 #if PIKV_WIDTH > 1
 #include "fused.inl"
 #else
@@ -31,6 +30,7 @@ inline bool codes_in_place(const Values&) { return false; }
 #if PIKV_WIDTH == 16
 #include "integer.inl"
 #endif
+#include "low_rank.inl"
 #include "attend.inl"
 #include "scores.inl"
 #include "select.inl"

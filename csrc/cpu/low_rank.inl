@@ -1,12 +1,13 @@
 // The low-rank part of keys and values, never made dense: logits get (q B^T) A^T, and what the values' factors sum up
 // to meets their basis once, at the end. Included by kernels.inl.
 
-// Factors of tokens as floats: a [tokens, padded(rank)]; basis [tokens] of each; same: all have the first one's.
+// Factors of tokens as floats: a [tokens, padded(rank)]; basis [tokens] of each; same: all have the first one's. With a
+// null, the codes of block `matrix` (of a head) are read in place.
 struct Factors {
   const float* a;
   const int64_t* basis;
   bool same;
-  int64_t head;
+  int64_t head, matrix;
 };
 
 // Factors of `count` tokens of a block's head, from `first` on, decoded to a.
@@ -23,6 +24,74 @@ void factor_rows(const LowRank& part, int64_t groups, int64_t size, int64_t id, 
     for (int64_t j = rank; j < stride; ++j) a[t * stride + j] = 0.0f;
   }
 }
+
+// Whether whole blocks' codes are read in place, by the bytes' products.
+inline bool factors_in_place(const LowRank& part, int64_t tokens) {
+  return W == 16 && part.rank % 16 == 0 && tokens % 16 == 0;
+}
+
+// Factors of a whole block's head, decoded to a where they are not read in place.
+Factors block_factors(const LowRank& part, int64_t groups, int64_t tokens, int64_t id, int64_t head, Tile& tile,
+                      float* a) {
+  if (factors_in_place(part, tokens)) a = nullptr;
+  if (a) factor_rows(part, groups, tokens, id, head, 0, tokens, tile, a);
+  return {a, part.basis_of + id, true, head, id * groups + head};
+}
+
+#if PIKV_WIDTH == 16
+// Logits that a block's factors add, [NR, width]: the scales of its factors fold into the projected queries p [NR,
+// rank], their zeros into a constant.
+template <int NR>
+void code_factor_logits(const LowRank& part, int64_t matrix, const float* p, Tile& tile, int64_t tokens, float* added,
+                        int64_t width) {
+  const int64_t rank = part.rank;
+  if (static_cast<int64_t>(tile.factor_scale.size()) < 4 * rank) tile.factor_scale.resize(4 * rank);
+  if (static_cast<int64_t>(tile.factor_bytes.size()) < 4 * rank) tile.factor_bytes.resize(4 * rank);
+  float *folded = tile.factor_scale.data(), offset[4], most[NR];
+  Vec zeros[4] = {}, largest_of[NR] = {};
+  for (int64_t j = 0; j < rank; j += W) {
+    const Vec scale = widened<Dtype::kFloat16>(part.scale + matrix * rank + j);
+    const Vec zero = widened<Dtype::kFloat16>(part.zero + matrix * rank + j);
+    for (int r = 0; r < NR; ++r) {
+      const Vec query = load(p + r * rank + j), scaled = query * scale;
+      zeros[r] += query * zero;
+      largest_of[r] = larger(absolute(scaled), largest_of[r]);
+      store(folded + r * rank + j, scaled);
+    }
+  }
+  sum4(zeros, offset);
+  for (int r = 0; r < NR; ++r) most[r] = largest(largest_of[r]);
+  IntegerRows rows{tile.factor_bytes.data(), {}};
+  rows.cut<NR>(folded, rank, rank, most);
+  integer_dots<NR, 8, 0>(rows, part.codes + matrix * tokens * rank, nullptr, tokens, rank, offset, added, width,
+                         nullptr);
+}
+
+// sums [NR] += what shares [NR, width] weigh of a block's factors.
+template <int NR>
+void accumulate_factors(const LowRank& part, int64_t matrix, const float* shares, int64_t width, int64_t tokens,
+                        float* const sums[NR]) {
+  const int64_t rank = part.rank;
+  const uint8_t* codes = part.codes + matrix * tokens * rank;
+  float all[4];
+  Vec totals[4] = {};
+  for (int r = 0; r < NR; ++r)
+    for (int64_t t = 0; t < width; t += W) totals[r] += load(shares + r * width + t);
+  sum4(totals, all);
+  for (int64_t j = 0; j < rank; j += W) {
+    Vec weighed[NR] = {};
+    for (int64_t t = 0; t < tokens; ++t) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + t * rank + j));
+      const Vec code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+      for (int r = 0; r < NR; ++r) weighed[r] += splat(shares[r * width + t]) * code;
+    }
+    const Vec scale = widened<Dtype::kFloat16>(part.scale + matrix * rank + j);
+    const Vec zero = widened<Dtype::kFloat16>(part.zero + matrix * rank + j);
+    for (int r = 0; r < NR; ++r)
+      if (sums[r]) store(sums[r] + j, load(sums[r] + j) + weighed[r] * scale + zero * all[r]);
+  }
+}
+#endif
 
 // Room for the factors and bases of so many tokens.
 void fit_factors(const LowRank* part, int64_t tokens, std::vector<float>& a, std::vector<int64_t>& basis) {
@@ -43,7 +112,12 @@ void add_factor_logits(const LowRank& part, const Factors& factors, int64_t grou
   if (factors.same) {
     if (static_cast<int64_t>(tile.factor_logits.size()) < 4 * width) tile.factor_logits.resize(4 * width);
     float* added = tile.factor_logits.data();
-    dots<NR>(projected(0), stride, factors.a, width, stride, added, width, nullptr);
+#if PIKV_WIDTH == 16
+    if (!factors.a)
+      code_factor_logits<NR>(part, factors.matrix, projected(0), tile, count, added, width);
+    else
+#endif
+      dots<NR>(projected(0), stride, factors.a, width, stride, added, width, nullptr);
     for (int64_t i = 0; i < NR * width; ++i) logits[i] += added[i];
     return;
   }
@@ -100,8 +174,14 @@ class FactorSums {
       return sums;
     };
     if (factors.same) {
-      for (int r = 0; r < NR; ++r)
-        if (high[r] != kMinusInf) ready(factors.basis[0], r);
+      float* sums[NR];
+      for (int r = 0; r < NR; ++r) sums[r] = high[r] != kMinusInf ? ready(factors.basis[0], r) : nullptr;
+#if PIKV_WIDTH == 16
+      if (!factors.a) {
+        accumulate_factors<NR>(*values_.low_rank, factors.matrix, shares, width, count, sums);
+        return;
+      }
+#endif
       accumulate<NR>(shares, width, factors.a, count, stride_,
                      sums_.data() + (factors.basis[0] * all_ + first) * stride_, nullptr);
       return;

@@ -127,14 +127,14 @@ void each_logit_row(const float* q, int64_t rows, const Keys& keys, int64_t id, 
   const float* k = ready_keys(keys, id, head, tile);
   const Tokens block{k, nullptr, keys, none, (id * keys.groups + head) * tokens, tokens, nullptr, nullptr};
   fit_factors(keys.low_rank, tokens, tile.k_factors, tile.k_basis);
-  if (keys.low_rank) factor_rows(*keys.low_rank, keys.groups, tokens, id, head, 0, tokens, tile, tile.k_factors.data());
+  Factors factors{};
+  if (keys.low_rank)
+    factors = block_factors(*keys.low_rank, keys.groups, tokens, id, head, tile, tile.k_factors.data());
   by_rows(rows, [&]<int NR>(int64_t first) {
     logits_of<NR>(q + first * q_stride, q_stride, tile, block, tile.weights.data(), width);
-    if (keys.low_rank) {
-      const Factors factors{tile.k_factors.data(), keys.low_rank->basis_of + id, true, head};
+    if (keys.low_rank)
       add_factor_logits<NR>(*keys.low_rank, factors, keys.groups, rows, first, tile, tokens, tile.weights.data(),
                             width);
-    }
     for (int r = 0; r < NR; ++r) take(first + r, tile.weights.data() + r * width);
   });
 }

@@ -11,6 +11,7 @@ struct Tile {
   // Of low-rank parts, in size as low_rank.inl needs them: factors [tokens, padded(rank)] and bases [tokens] of both
   // sides, scales of factors, what factors add to logits, and weights before the scales of values are folded in.
   std::vector<float> k_factors, v_factors, factor_scale, factor_logits, shares;
+  std::vector<int32_t> factor_bytes;
   std::vector<int64_t> k_basis, v_basis;
 
   void fit(int64_t tokens, int64_t dim, int64_t value_dim) {
