@@ -82,7 +82,8 @@ def open_huggingface(request: Request) -> Opened:
     if request.model is not None:
         check_same_model(request.model, model_config(model))
     cache = PiKVHFCache(model, request.runtime)
-    return Opened(Session(model, cache), cache.cache, _stock(request))
+    stock = Session.on_stock_cache(model) if request.compare else None
+    return Opened(Session(model, cache), cache.cache, stock)
 
 
 def open_deepspeed(request: Request) -> Opened:
@@ -102,7 +103,8 @@ def open_deepspeed(request: Request) -> Opened:
         config = {"dtype": _dtype(request), "tensor_parallel": {"tp_size": ranks}, "pikv": block}
         engine = deepspeed.init_inference(model, config)
     cache = PiKVHFCache(engine, request.runtime)
-    return Opened(Session(engine, cache), cache.cache, _stock(request))
+    stock = Session.on_stock_cache(engine) if request.compare else None
+    return Opened(Session(engine, cache), cache.cache, stock)
 
 
 HOSTS: dict[str, Callable[[Request], Opened]] = {
@@ -121,12 +123,3 @@ def _huggingface_model(request: Request) -> nn.Module:
     from pikv_megatron.integrations.huggingface_session import load_model
 
     return load_model(Path(request.path), _dtype(request))
-
-
-def _stock(request: Request) -> Session | None:
-    """Hugging Face's own cache needs a second model: attention is chosen per model."""
-    if not request.compare:
-        return None
-    from pikv_megatron.integrations.huggingface_session import Session
-
-    return Session.on_stock_cache(_huggingface_model(request))

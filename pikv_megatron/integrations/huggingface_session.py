@@ -6,8 +6,8 @@ be wrapped, by DeepSpeed's engines for one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from pikv_megatron.integrations.huggingface_cache import PiKVHFCache
 from pikv_megatron.integrations.huggingface_model import attention_layers, find_model
+from pikv_megatron.integrations.layer_hooks import after_each
 
 
 def load_model(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -53,7 +54,7 @@ class Session:
 
     @classmethod
     def on_stock_cache(cls, model: nn.Module) -> Session:
-        """On transformers' DynamicCache; the model must not be attached."""
+        """On transformers' DynamicCache; an attached model runs on its former attention then."""
         return cls(model, DynamicCache(config=find_model(model).config))
 
     @torch.no_grad()
@@ -73,19 +74,8 @@ class Session:
         layers: Any = self.cache.layers
         return sum(x.untyped_storage().nbytes() for layer in layers for x in (layer.keys, layer.values))
 
-    @contextmanager
-    def on_layer_done(self, callback: Callable[[], object]) -> Iterator[int]:
+    def on_layer_done(self, callback: Callable[[], object]) -> AbstractContextManager[int]:
         """Calls `callback` after each layer's attention in a forward pass, for progress bars; yields how many there
         are.
         """
-
-        def done(module: nn.Module, args: object, output: object) -> None:
-            callback()
-
-        layers = [module for _, module in attention_layers(find_model(self.model))]
-        handles = [layer.register_forward_hook(done) for layer in layers]
-        try:
-            yield len(layers)
-        finally:
-            for handle in handles:
-                handle.remove()
+        return after_each([module for _, module in attention_layers(find_model(self.model))], callback)

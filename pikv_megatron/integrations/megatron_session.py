@@ -6,14 +6,15 @@ line, benchmarks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
+from pikv_megatron.integrations.layer_hooks import after_each
 from pikv_megatron.integrations.megatron_contexts import PiKVInferenceContext
 
 
@@ -70,17 +71,7 @@ class Session:
         pairs = self.context.key_value_memory_dict.values()
         return sum(tensor.untyped_storage().nbytes() for pair in pairs for tensor in pair)
 
-    @contextmanager
-    def on_layer_done(self, callback: Callable[[], object]) -> Iterator[int]:
+    def on_layer_done(self, callback: Callable[[], object]) -> AbstractContextManager[int]:
         """Calls `callback` after each layer of a forward pass, for progress bars; yields how many there are."""
-
-        def done(module: nn.Module, args: object, output: object) -> None:
-            callback()
-
         layers = [module for module in self.model.modules() if isinstance(module, TransformerLayer)]
-        handles = [layer.register_forward_hook(done) for layer in layers]
-        try:
-            yield len(layers)
-        finally:
-            for handle in handles:
-                handle.remove()
+        return after_each(layers, callback)
