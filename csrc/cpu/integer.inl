@@ -94,7 +94,7 @@ inline __m512i codes_of(__m512i high, __m512i low, int part) {
 // Dot products of NR rows with the bare codes of `tokens` rows, a multiple of 16, plus an offset per row: logits [NR,
 // stride].
 template <int NR, int Hi, int Lo>
-void integer_dots(const IntegerRows& q, const uint8_t* high, const uint8_t* low, int64_t tokens, int64_t dim,
+[[gnu::noinline]] void integer_dots(const IntegerRows& q, const uint8_t* high, const uint8_t* low, int64_t tokens, int64_t dim,
                   const float* offset, float* logits, int64_t stride, Ahead* ahead) {
   constexpr int parts = 8 / Hi;
   const int64_t bytes = dim / parts;
