@@ -49,6 +49,8 @@ STABLE_TORCH_LIBRARY(pikv, m) {
   m.def("attend_blocks_out(Tensor q, " PIKV_KEYS ", " PIKV_VALUES ", "
         PIKV_PARTS ", Tensor block_ids, float softmax_scale, "
         "Tensor? key_positions, Tensor? query_positions, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("attend_decode_out(Tensor q, Tensor raw_k, Tensor raw_v, " PIKV_KEYS ", " PIKV_VALUES ", "
+        PIKV_PARTS ", Tensor block_ids, float softmax_scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("attend_ragged_out(Tensor q, " PIKV_KEYS ", " PIKV_VALUES ", "
         PIKV_PARTS ", Tensor block_ids, Tensor first_blocks, "
         "float softmax_scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
@@ -85,6 +87,7 @@ STABLE_TORCH_LIBRARY_IMPL(pikv, CPU, m) {
   m.impl("append_out", TORCH_BOX(&pikv::append));
   m.impl("prefetch", TORCH_BOX(&pikv::prefetch));
   m.impl("attend_blocks_out", TORCH_BOX(&pikv::attend_blocks));
+  m.impl("attend_decode_out", TORCH_BOX(&pikv::attend_decode));
   m.impl("attend_ragged_out", TORCH_BOX(&pikv::attend_ragged));
   m.impl("attend_tokens_out", TORCH_BOX(&pikv::attend_tokens));
   m.impl("attend_mass_out", TORCH_BOX(&pikv::attend_mass));

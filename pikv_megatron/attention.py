@@ -47,21 +47,23 @@ class Attention:
         sources = [self._source(table) for table in sealed]
         if state.newest_is_sealed(tokens):
             return Attended(self._attend_by_position(state, rows, tokens, sealed, sources), None)
-        raw = state.window.read()
-        window = ops.attend_window(rows, raw.k, raw.v, tokens, scale)
+        k, v = state.window.read_kv()
         reading = None
-        if not sealed:
-            merged = window
-        elif config.mode == "exact" or tokens > 1:
-            parts = [ops.attend_blocks(rows, s.keys, s.values, s.block_ids, scale) for s in sources]
-            merged = ops.merge_partials([window, *parts])
+        if not sealed or config.mode == "exact" or tokens > 1:
+            if tokens == 1 and len(sources) == 1:
+                s = sources[0]
+                merged = ops.attend_decode(rows, k, v, s.keys, s.values, s.block_ids, scale)
+            else:
+                parts = [ops.attend_blocks(rows, s.keys, s.values, s.block_ids, scale) for s in sources]
+                merged = ops.merge_partials([ops.attend_window(rows, k, v, tokens, scale), *parts])
         else:
+            window = ops.attend_window(rows, k, v, 1, scale)
             reading = read_selected(rows, sources, window.lse, config, scale)
             self._meter.add(state.layer_id, reading, sum(len(table) for table in sealed) * self._runtime.block_size)
             merged = ops.merge_partials([window, *reading.partials])
         if self._runtime.budget.policy != "none":
-            lse = merged.lse if reading is None else self._full_lse(rows, window, merged, sources, reading)
-            self._add_importance(state, rows, tokens, lse, raw.k, sealed, sources, reading and reading.scores)
+            lse = merged.lse if reading is None else self._full_lse(rows, window.lse, merged, sources, reading)
+            self._add_importance(state, rows, tokens, lse, k, sealed, sources, reading and reading.scores)
         return Attended(merged, None if reading is None else (reading.estimate, reading.certificate))
 
     def attend_each(self, states: list[LayerState], rows: Tensor) -> ops.Partial:
@@ -71,8 +73,8 @@ class Attention:
         if states[0].sliding is not None:
             parts = [self.attend(state, q, 1).partial for state, q in zip(states, rows, strict=True)]
             return ops.Partial(*(torch.stack(part) for part in zip(*parts, strict=True)))
-        scale, raw = self._model.scale, [state.window.read() for state in states]
-        windows = [ops.attend_window(q, r.k, r.v, 1, scale) for q, r in zip(rows, raw, strict=True)]
+        scale, raw = self._model.scale, [state.window.read_kv() for state in states]
+        windows = [ops.attend_window(q, k, v, 1, scale) for q, (k, v) in zip(rows, raw, strict=True)]
         window = ops.Partial(*(torch.stack(part) for part in zip(*windows, strict=True)))
         tables = [state.tables[0] for state in states]
         pool = tables[0].pool
@@ -89,17 +91,17 @@ class Attention:
 
     def _attend_sliding(self, state: LayerState, window: int, rows: Tensor, tokens: int) -> ops.Partial:
         """Of a sliding-window layer: everything that its queries see is raw."""
-        raw, scale = state.window.read(), self._model.scale
+        (k, v), scale = state.window.read_kv(), self._model.scale
         if state.sealed_end and state.length - tokens - window + 1 < state.sealed_end:
             raise ValueError(
                 f"q: request {state.request_id}, layer {state.layer_id}: the first of these {tokens} queries sees "
                 "tokens that the sliding window has forgotten; attend before observe_routing and before the next append"
             )
         if tokens == 1:
-            return ops.attend_window(rows, raw.k[:, -window:], raw.v[:, -window:], 1, scale)
-        if raw.tokens <= window:
-            return ops.attend_window(rows, raw.k, raw.v, tokens, scale)
-        return ops.attend_sliding(rows, raw.k, raw.v, tokens, window, scale)
+            return ops.attend_window(rows, k[:, -window:], v[:, -window:], 1, scale)
+        if k.shape[1] <= window:
+            return ops.attend_window(rows, k, v, tokens, scale)
+        return ops.attend_sliding(rows, k, v, tokens, window, scale)
 
     def _source(self, table: BlockTable) -> Source:
         fields, ids = resident(table.pool, table.tensor, self._runtime.torch_device)
@@ -109,10 +111,10 @@ class Attention:
         self, state: LayerState, rows: Tensor, tokens: int, sealed: list[BlockTable], sources: list[Source]
     ) -> ops.Partial:
         """Queries whose own tokens were partly sealed already: everything is read, causal by explicit positions."""
-        device, raw, scale = rows.device, state.window.read(), self._model.scale
-        keys_at = raw_positions(raw.tokens, state.sinks, state.sealed_end, device)
+        device, (k, v), scale = rows.device, state.window.read_kv(), self._model.scale
+        keys_at = raw_positions(k.shape[1], state.sinks, state.sealed_end, device)
         queries_at = torch.arange(state.length - tokens, state.length, device=device).repeat(rows.shape[1] // tokens)
-        parts = [ops.attend_at(rows, raw.k, raw.v, keys_at, queries_at, scale)]
+        parts = [ops.attend_at(rows, k, v, keys_at, queries_at, scale)]
         blocks_at = []
         for table, s in zip(sealed, sources, strict=True):
             starts = table.pool.start.index_select(0, table.tensor).to(device)
@@ -133,7 +135,7 @@ class Attention:
             weights = (logits - merged.lse.unsqueeze(-1)).exp_().masked_fill_(keys_at > queries_at[:, None], 0.0)
             return weights.unflatten(1, (-1, tokens))[:, :, -seen:].sum((0, 1, 2))
 
-        state.window.add_importance(share(torch.matmul(rows.float() * scale, raw.k.float().transpose(-1, -2)), keys_at))
+        state.window.add_importance(share(torch.matmul(rows.float() * scale, k.float().transpose(-1, -2)), keys_at))
         for table, s, at in zip(sealed, sources, blocks_at, strict=True):
             assert table.pool.importance is not None
             received = share(ops.key_logits(rows, s.keys, s.block_ids, scale), at.flatten()).view_as(at)
@@ -141,7 +143,7 @@ class Attention:
         return merged
 
     def _full_lse(
-        self, rows: Tensor, window: ops.Partial, merged: ops.Partial, sources: list[Source], reading: Reading
+        self, rows: Tensor, window_lse: Tensor, merged: ops.Partial, sources: list[Source], reading: Reading
     ) -> Tensor:
         """Log-sum-exp over every key after a selective read: by the estimate, or, where not every token was scored
         (Quest, pruned blocks), from the keys.
@@ -149,7 +151,7 @@ class Attention:
         if reading.scores is not None:
             return merged.lse - torch.log1p(-reading.estimate)
         logits = [ops.key_logits(rows, s.keys, s.block_ids, self._model.scale) for s in sources]
-        return torch.logsumexp(torch.cat([window.lse.unsqueeze(-1), *logits], -1), -1)
+        return torch.logsumexp(torch.cat([window_lse.unsqueeze(-1), *logits], -1), -1)
 
     def _add_importance(
         self,

@@ -25,6 +25,8 @@ def keeps_tensors(method: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            return method(*args, **kwargs)  # as it should be: a decode step spares itself the context managers
         with torch.inference_mode(False), torch.no_grad():
             return method(*args, **kwargs)
 

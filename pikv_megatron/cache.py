@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pikv_megatron import checks
 from pikv_megatron import config as configs
-from pikv_megatron.attention import Attention
+from pikv_megatron.attention import Attended, Attention
 from pikv_megatron.blocks import BlockTable, keeps_tensors
 from pikv_megatron.compressor import LARGEST, Compressor
 from pikv_megatron.expert_cache import ExpertKVCache
@@ -263,6 +263,7 @@ class PiKVCache:
 
     # ---- reading
 
+    @keeps_tensors
     def attend(self, layer_id: int, q: Tensor, request_id: int = 0) -> tuple[Tensor, Tensor]:
         """Attention of the newest tokens of a request, causal by position.
 
@@ -272,14 +273,21 @@ class PiKVCache:
         Returns:
             out [tokens, num_attention_heads, v_head_dim] in q's dtype; lse [tokens, num_attention_heads] float32.
         """
-        result = self.attend_measured(layer_id, q, request_id)
-        return result.out, result.lse
+        attended, tokens = self._attend(layer_id, q, request_id)
+        return ungroup(attended.partial.out, tokens).to(q.dtype), ungroup(attended.partial.lse, tokens)
 
     @keeps_tensors
     def attend_measured(self, layer_id: int, q: Tensor, request_id: int = 0) -> AttendResult:
         """`attend`, with the missed mass beside the output. One query token follows attention.mode; several read
         everything.
         """
+        (partial, missed), tokens = self._attend(layer_id, q, request_id)
+        out, lse = ungroup(partial.out, tokens).to(q.dtype), ungroup(partial.lse, tokens)
+        if missed is None:
+            return AttendResult(out, lse, torch.zeros_like(lse), torch.zeros_like(lse))
+        return AttendResult(out, lse, *(ungroup(m, tokens) for m in missed))
+
+    def _attend(self, layer_id: int, q: Tensor, request_id: int) -> tuple[Attended, int]:
         _, state = self._state(layer_id, request_id)
         model = self.model
         tokens = checks.check_tensor(
@@ -287,15 +295,10 @@ class PiKVCache:
         )
         checks.check_queries(tokens, state.length, request_id, layer_id)
         checks.check_finite("q", q, self.runtime, min(torch.finfo(q.dtype).max, LARGEST))
-        merged, missed = self._attention.attend(state, group_rows(q, model.num_query_groups), tokens)
-        out, lse = ungroup(merged.out, tokens), ungroup(merged.lse, tokens)
-        if missed is None:
-            estimate = certificate = torch.zeros_like(lse)
-        else:
-            estimate, certificate = (ungroup(m, tokens) for m in missed)
+        attended = self._attention.attend(state, group_rows(q, model.num_query_groups), tokens)
         if model.label_source(layer_id) != layer_id:
             self._sealer.seal(state)  # a dense layer has its labels already
-        return AttendResult(out.to(q.dtype), lse, estimate, certificate)
+        return attended, tokens
 
     @keeps_tensors
     def attend_each(self, layer_id: int, q: Tensor, request_ids: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -85,7 +85,8 @@ def _magnitude(x: Tensor) -> float:
     """Largest magnitude, nan where there is one. On a GPU this waits for the device; on CPU there is nothing to wait
     for.
     """
-    return float(x.detach().abs().amax().float().cpu().numpy())
+    low, high = torch.aminmax(x.detach())
+    return max(-float(low.float().cpu().numpy()), float(high.float().cpu().numpy()))
 
 
 def check_start(start: int | None, length: int, request_id: int, layer_id: int) -> None:

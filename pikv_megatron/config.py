@@ -9,6 +9,7 @@ touches a tensor beyond its dtype.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Mapping
@@ -231,7 +232,7 @@ class RuntimeConfig:
         if self.torch_device.type == "meta":
             raise ConfigError("runtime.device: expected a device that holds data, got 'meta'")
 
-    @property
+    @functools.cached_property
     def torch_device(self) -> torch.device:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,11 +14,15 @@ from pikv_megatron.compressor import Compressor
 def group_rows(q: Tensor, groups: int) -> Tensor:
     """q [tokens, heads, D] as rows of their KV heads: [groups, heads_per_group * tokens, D], tokens fastest."""
     tokens, heads, dim = q.shape
+    if tokens == 1:
+        return q.reshape(groups, heads // groups, dim)
     return q.view(tokens, groups, heads // groups, dim).permute(1, 2, 0, 3).reshape(groups, -1, dim)
 
 
 def ungroup(rows: Tensor, tokens: int) -> Tensor:
     """Inverse of group_rows, for [groups, rows, E] as for [groups, rows]: [tokens, heads, E] or [tokens, heads]."""
+    if tokens == 1:
+        return rows.reshape(1, rows.shape[0] * rows.shape[1], *rows.shape[2:])
     split = rows.unflatten(1, (-1, tokens)).movedim(2, 0)  # [tokens, groups, heads_per_group, ...]
     return split.flatten(1, 2)
 

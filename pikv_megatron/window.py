@@ -182,6 +182,13 @@ class LayerWindow:
         """All raw tokens, oldest first: a view, or a copy where a chunk waits beside the buffer."""
         return self._part(0, self.tokens)
 
+    def read_kv(self) -> tuple[Tensor, Tensor]:
+        """k and v of `read`."""
+        if self._waiting is None:
+            return self._slot.k.narrow(1, 0, self._in_buffer), self._slot.v.narrow(1, 0, self._in_buffer)
+        raw = self.read()
+        return raw.k, raw.v
+
     def label_newest(self, expert_ids: Tensor, weights: Tensor) -> None:
         """Labels the newest tokens with expert_ids and weights [tokens, topk]; needs at most `tokens` of them."""
         count = expert_ids.shape[0]

@@ -48,7 +48,7 @@ def test_it_says_what_runs(report):
     assert _line(text, "kernels").startswith(ops.kernel_set or "none, plain torch")
     assert _line(text, "torch").startswith(torch.__version__)
     assert f"{torch.get_num_threads()} (" in _line(text, "threads")
-    assert "agrees with plain torch (6 ops)" in text
+    assert "agrees with plain torch (7 ops)" in text
     assert "broken" not in text
 
 

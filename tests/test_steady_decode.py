@@ -13,7 +13,7 @@ import torch
 from dense import generator, held_tensors, model_config, random_kv, random_q, random_routing, runtime_config, step
 from torch.profiler import ProfilerActivity, profile
 
-from pikv_megatron import PiKVCache, RuntimeConfig
+from pikv_megatron import PiKVCache
 
 TOP_K = {"mode": "top_k", "read_fraction": 0.25}
 PYRAMID = {"policy": "pyramid", "first_layer_tokens": 40, "step": 10}
@@ -101,7 +101,7 @@ def test_nothing_in_a_step_needs_a_number_from_the_device(name, monkeypatch):
     Demoting is left out: it is a copy to the host.
     """
     runtime = runtime_config(**{"max_tokens": 1024, **KINDS[name]})
-    monkeypatch.setattr(RuntimeConfig, "torch_device", torch.device("meta"))
+    monkeypatch.setitem(vars(runtime), "torch_device", torch.device("meta"))
     cache = PiKVCache(model_config(**MODELS["dense layers too"]), runtime)
     k, v, q = (torch.empty(1, heads, 8, device="meta") for heads in (2, 2, 4))
     expert_ids, weights = torch.empty(1, 2, dtype=torch.int64, device="meta"), torch.empty(1, 2, device="meta")

@@ -96,6 +96,21 @@ void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PI
                                                         to.splits, to.between, to.out, to.lse, to.stream));
 }
 
+void attend_decode(const Tensor& q, const Tensor& raw_k, const Tensor& raw_v, PIKV_KEY_ARGUMENTS,
+                   PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS, const Tensor& block_ids, double softmax_scale, Tensor out,
+                   Tensor lse) {
+  STD_TORCH_CHECK(q.dim() == 3 && out.dim() == 3, "q, out: expected [groups, rows, channels]");
+  const DeviceGuard guard(q.get_device_index());
+  const int64_t groups = q.size(0), rows = q.size(1);
+  const Tensor outs = torch::stable::new_empty(q, {2, groups, rows, out.size(2)});
+  const Tensor lses = torch::stable::new_empty(q, {2, groups, rows});
+  const auto part = [](const Tensor& x, int64_t i) { return torch::stable::select(x, 0, i); };
+  attend_at(q, raw_k, raw_v, {}, {}, softmax_scale, part(outs, 0), part(lses, 0));
+  attend_blocks(q, k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits, v, v_codes, v_scale, v_zero, v_bits, k_low_rank,
+                v_low_rank, block_ids, softmax_scale, {}, {}, part(outs, 1), part(lses, 1));
+  merge_partials(outs, lses, out, lse);
+}
+
 void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS,
                    const Tensor& block_ids, const Tensor& first_blocks, double softmax_scale, Tensor out, Tensor lse) {
   STD_TORCH_CHECK(k_low_rank.empty() && v_low_rank.empty(), "low-rank parts: not on CUDA yet");

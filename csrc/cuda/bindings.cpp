@@ -14,6 +14,7 @@ PIKV_IMPLEMENT(PIKV_DISPATCH_KEY) {
   m.impl("append_out", TORCH_BOX(&pikv::cuda::append));
   m.impl("prefetch", TORCH_BOX(&pikv::cuda::prefetch));
   m.impl("attend_blocks_out", TORCH_BOX(&pikv::cuda::attend_blocks));
+  m.impl("attend_decode_out", TORCH_BOX(&pikv::cuda::attend_decode));
   m.impl("attend_ragged_out", TORCH_BOX(&pikv::cuda::attend_ragged));
   m.impl("attend_at_out", TORCH_BOX(&pikv::cuda::attend_at));
   m.impl("attend_tokens_out", TORCH_BOX(&pikv::cuda::attend_tokens));

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <numeric>
+#include <optional>
 
 #include "ops/ops.h"
 
@@ -39,11 +40,31 @@ void merge(PartialMemory* pieces, int64_t count, int64_t rows, int64_t dim, floa
   });
 }
 
+// Raw tokens beside stored ones.
+struct RawTokens {
+  RawRows k, v;
+};
+
+RawTokens raw_tokens(const Tensor& k, const Tensor& v, int64_t groups, int64_t dim, int64_t value_dim) {
+  const RawTokens raw{RawRows("k", k, groups, dim), RawRows("v", v, groups, value_dim)};
+  STD_TORCH_CHECK(raw.v.tokens == raw.k.tokens, "v: expected the ", raw.k.tokens, " tokens of k, got ", raw.v.tokens);
+  return raw;
+}
+
+// Takes a head's raw tokens into the partials of its rows, q [rows, padded(D)].
+void attend_raw_head(const float* q, int64_t rows, const RawTokens& raw, int64_t head, const int64_t* key_positions,
+                     const int64_t* query_positions, Partial partial) {
+  Values values{};
+  values.raw = raw.v.of(head), values.dtype = raw.v.dtype;
+  values.groups = 1, values.block_size = raw.v.tokens, values.dim = raw.v.dim;
+  kernels().attend_raw(q, rows, raw.k.keys(head), values, key_positions, query_positions, partial);
+}
+
 // Attention of every request's rows over its run of blocks, ids[first[i]] to ids[first[i + 1]]: out [requests, G, R,
-// E], lse.
+// E], lse. Raw tokens, where given, are of the only request.
 void attend_runs(const float* queries, int64_t rows, const Keys& keys, const Values& values, const int64_t* ids,
                  const int64_t* first, int64_t requests, const int64_t* key_positions, const int64_t* query_positions,
-                 float* out, float* lse) {
+                 const RawTokens* raw, float* out, float* lse) {
   struct Piece {
     int64_t request, first, last;
   };
@@ -64,6 +85,9 @@ void attend_runs(const float* queries, int64_t rows, const Keys& keys, const Val
   torch::stable::parallel_for(0, static_cast<int64_t>(pieces.size()), 1, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {
       const Piece& piece = pieces[i];
+      for (int64_t head = 0; raw && i == 0 && head < keys.groups; ++head)
+        attend_raw_head(queries + head * rows * padded(keys.dim), rows, *raw, head, nullptr, nullptr,
+                        partials[0].at(head * rows, values.dim));
       set.attend_blocks(queries + piece.request * all_rows * padded(keys.dim), rows, keys, values, ids + piece.first,
                         piece.last - piece.first,
                         key_positions ? key_positions + piece.first * keys.block_size : nullptr,
@@ -77,9 +101,12 @@ void attend_runs(const float* queries, int64_t rows, const Keys& keys, const Val
 
 }  // namespace
 
-void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS,
-                   const Tensor& block_ids, double softmax_scale,
-                   const MaybeTensor& key_positions, const MaybeTensor& query_positions, Tensor out, Tensor lse) {
+namespace {
+
+// attend_blocks, or with raw tokens (both or neither) attend_decode.
+void attend_one(const Tensor& q, const MaybeTensor& raw_k, const MaybeTensor& raw_v, PIKV_KEY_ARGUMENTS,
+                PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS, const Tensor& block_ids, double softmax_scale,
+                const MaybeTensor& key_positions, const MaybeTensor& query_positions, Tensor out, Tensor lse) {
   STD_TORCH_CHECK(q.dim() == 3 && out.dim() == 3, "q, out: expected [groups, rows, channels]");
   const std::vector<float> queries = padded_queries(q, static_cast<float>(softmax_scale));
   const int64_t groups = q.size(0), rows = q.size(1), value_dim = out.size(2);
@@ -100,10 +127,28 @@ void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PI
   check_ids("block_ids", data<int64_t>(block_ids), count, std::min(blocks_of(k, k_high), blocks_of(v, v_codes)));
   k_part.read(data<int64_t>(block_ids), count, queries.data(), rows);
   v_part.read(data<int64_t>(block_ids), count, nullptr, rows);
+  std::optional<RawTokens> raw;
+  if (raw_k) raw = raw_tokens(*raw_k, *raw_v, groups, keys.dim, value_dim);
   attend_runs(queries.data(), rows, keys, values, data<int64_t>(block_ids), first, 1,
               key_positions ? data<int64_t>(*key_positions) : nullptr,
-              query_positions ? data<int64_t>(*query_positions) : nullptr, mutable_data<float>(out),
-              mutable_data<float>(lse));
+              query_positions ? data<int64_t>(*query_positions) : nullptr, raw ? &*raw : nullptr,
+              mutable_data<float>(out), mutable_data<float>(lse));
+}
+
+}  // namespace
+
+void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS,
+                   const Tensor& block_ids, double softmax_scale,
+                   const MaybeTensor& key_positions, const MaybeTensor& query_positions, Tensor out, Tensor lse) {
+  attend_one(q, {}, {}, k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits, v, v_codes, v_scale, v_zero, v_bits,
+             k_low_rank, v_low_rank, block_ids, softmax_scale, key_positions, query_positions, out, lse);
+}
+
+void attend_decode(const Tensor& q, const Tensor& raw_k, const Tensor& raw_v, PIKV_KEY_ARGUMENTS,
+                   PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS, const Tensor& block_ids, double softmax_scale, Tensor out,
+                   Tensor lse) {
+  attend_one(q, raw_k, raw_v, k, k_high, k_low, k_scale, k_zero, hi_bits, lo_bits, v, v_codes, v_scale, v_zero, v_bits,
+             k_low_rank, v_low_rank, block_ids, softmax_scale, {}, {}, out, lse);
 }
 
 void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS,
@@ -131,7 +176,7 @@ void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PI
     const float* q_here = queries.data() + i * groups * rows * padded(keys.dim);
     k_part.read(data<int64_t>(block_ids) + first[i], first[i + together] - first[i], q_here, rows);
     v_part.read(data<int64_t>(block_ids) + first[i], first[i + together] - first[i], nullptr, rows);
-    attend_runs(q_here, rows, keys, values, data<int64_t>(block_ids), first + i, together, nullptr, nullptr,
+    attend_runs(q_here, rows, keys, values, data<int64_t>(block_ids), first + i, together, nullptr, nullptr, nullptr,
                 mutable_data<float>(out) + i * groups * rows * value_dim, mutable_data<float>(lse) + i * groups * rows);
   }
 }
@@ -207,9 +252,8 @@ void attend_at(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTen
   STD_TORCH_CHECK(q.dim() == 3 && out.dim() == 3, "q, out: expected [groups, rows, channels]");
   const std::vector<float> queries = padded_queries(q, static_cast<float>(softmax_scale));
   const int64_t groups = q.size(0), rows = q.size(1), value_dim = out.size(2), stride = padded(q.size(2));
-  const RawRows k_rows("k", k, groups, q.size(2)), v_rows("v", v, groups, value_dim);
-  const int64_t tokens = k.size(1);
-  STD_TORCH_CHECK(v.size(1) == tokens, "v: expected the ", tokens, " tokens of k, got ", v.size(1));
+  const RawTokens raw = raw_tokens(k, v, groups, q.size(2), value_dim);
+  const int64_t tokens = raw.k.tokens;
   STD_TORCH_CHECK(!key_positions == !query_positions, "key_positions, query_positions: expected both or neither");
   if (key_positions) {
     check("key_positions", *key_positions, ScalarType::Long, {tokens});
@@ -217,17 +261,13 @@ void attend_at(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTen
   }
   check("out", out, ScalarType::Float, {groups, rows, value_dim});
   check("lse", lse, ScalarType::Float, {groups, rows});
-  const CpuKernels& set = kernels();
   PartialMemory partial(groups * rows, value_dim);
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t head = begin; head < end; ++head) {
-      Values values{};
-      values.raw = v_rows.of(head), values.dtype = v_rows.dtype;
-      values.groups = 1, values.block_size = tokens, values.dim = value_dim;
-      set.attend_raw(queries.data() + head * rows * stride, rows, k_rows.keys(head), values,
-                     key_positions ? data<int64_t>(*key_positions) : nullptr,
-                     query_positions ? data<int64_t>(*query_positions) : nullptr, partial.at(head * rows, value_dim));
-    }
+    for (int64_t head = begin; head < end; ++head)
+      attend_raw_head(queries.data() + head * rows * stride, rows, raw, head,
+                      key_positions ? data<int64_t>(*key_positions) : nullptr,
+                      query_positions ? data<int64_t>(*query_positions) : nullptr,
+                      partial.at(head * rows, value_dim));
   });
   merge(&partial, 1, groups * rows, value_dim, mutable_data<float>(out), mutable_data<float>(lse));
 }

@@ -28,6 +28,9 @@ void prefetch(const Tensor& field, const Tensor& block_ids);
 void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS,
                    const Tensor& block_ids, double softmax_scale,
                    const MaybeTensor& key_positions, const MaybeTensor& query_positions, Tensor out, Tensor lse);
+void attend_decode(const Tensor& q, const Tensor& raw_k, const Tensor& raw_v, PIKV_KEY_ARGUMENTS,
+                   PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS, const Tensor& block_ids, double softmax_scale, Tensor out,
+                   Tensor lse);
 void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS,
                    const Tensor& block_ids, const Tensor& first_blocks, double softmax_scale, Tensor out, Tensor lse);
 void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS,

@@ -202,6 +202,7 @@ def _self_check(device: torch.device, problems: list[Problem]) -> str:
         "score_blocks": (q, keys, block_ids, 0.125),
         "score_tokens": (q, keys, block_ids, 0.125),
         "attend_blocks": (q, keys, values, block_ids, 0.125),
+        "attend_decode": (q, k[0], v[0], keys, values, block_ids, 0.125),
         "attend_tokens": (q, keys, values, places, places, 0.125),
     }
 

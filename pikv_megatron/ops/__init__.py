@@ -107,6 +107,7 @@ rank_tokens = _resolve("rank_tokens")
 select_topk = _resolve("select_topk")
 unread_mass = _resolve("unread_mass")
 attend_blocks = _resolve("attend_blocks")
+attend_decode = _resolve("attend_decode")
 attend_tokens = _resolve("attend_tokens")
 key_logits = _resolve("key_logits")
 attend_ragged = _resolve("attend_ragged")
@@ -128,6 +129,7 @@ __all__ = [
     "append",
     "attend_at",
     "attend_blocks",
+    "attend_decode",
     "attend_mass",
     "attend_ragged",
     "attend_sliding",

@@ -14,6 +14,7 @@ OUT_OPS = (
     "dequantize_block",
     "append",
     "attend_blocks",
+    "attend_decode",
     "attend_ragged",
     "attend_tokens",
     "attend_mass",
@@ -145,6 +146,17 @@ def attend_blocks(
         query_positions,
         *partial,
     )
+    return partial
+
+
+def attend_decode(
+    q: Tensor, raw_k: Tensor, raw_v: Tensor, keys: Keys, values: Values, block_ids: Tensor, softmax_scale: float
+) -> Partial:
+    """See reference.attend_decode."""
+    q = q.float().contiguous()
+    partial = _empty_partial(q, raw_v.shape[-1])
+    stored = (*_flat(keys), *_flat(values), *_low_rank(keys, values))
+    torch.ops.pikv.attend_decode_out(q, _rows(raw_k), _rows(raw_v), *stored, block_ids, softmax_scale, *partial)
     return partial
 
 

@@ -1,5 +1,5 @@
-"""The attention ops against float64: attend_blocks, attend_tokens, attend_masked, attend_window, attend_at, key_logits
-and merge_partials.
+"""The attention ops against float64: attend_blocks, attend_decode, attend_tokens, attend_masked, attend_window,
+attend_at, key_logits and merge_partials.
 """
 
 from __future__ import annotations
@@ -75,6 +75,20 @@ def test_attend_blocks_sees_only_what_is_not_newer(ops, codec):
     seen = key_positions.flatten() <= query_positions.unsqueeze(1)
     assert seen.sum(1).tolist() == [0, 17, 900, 32 * 140]
     _close(partial, dense_rows(q, *rows_of(held, block_ids), 0.125, seen))
+
+
+@pytest.mark.parametrize(("blocks", "raw"), [(0, 1), (3, 1), (4, 70)])
+def test_attend_decode(ops, codec, shape, blocks, raw):
+    """Raw tokens and blocks in one softmax; raw tokens may be a part of a longer buffer, and of narrower numbers."""
+    groups, heads, dim, value_dim = shape
+    held = random_store(9, groups, 16, dim, value_dim, codec)
+    q = 2 * torch.randn(groups, heads, dim, generator=_rng(21))
+    block_ids = torch.tensor([7, 0, 3, 8])[:blocks]
+    k, v = (torch.randn(groups, 80, x, generator=_rng(x)).to(torch.bfloat16)[:, :raw] for x in (dim, value_dim))
+    partial = ops.attend_decode(q, k, v, held.keys, held.values, block_ids, dim**-0.5)
+    stored_k, stored_v = rows_of(held, block_ids)
+    expected = dense_rows(q, torch.cat([k.double(), stored_k], 1), torch.cat([v.double(), stored_v], 1), dim**-0.5)
+    _close(partial, expected)
 
 
 def test_attend_ragged(ops, codec, shape):

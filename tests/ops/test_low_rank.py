@@ -44,6 +44,13 @@ def test_whole_blocks(ops, case):
     _close(ops.attend_blocks(q, held.keys, held.values, ids, scale), dense_rows(q, *rows_of(held, ids), scale))
 
 
+def test_raw_tokens_beside(ops, case):
+    held, (q, _), ids, scale = case
+    k, v = torch.randn(GROUPS, 20, held.k.shape[3]), torch.randn(GROUPS, 20, held.v.shape[3])
+    expected = [torch.cat([raw.double(), stored], 1) for raw, stored in zip((k, v), rows_of(held, ids), strict=True)]
+    _close(ops.attend_decode(q, k, v, held.keys, held.values, ids, scale), dense_rows(q, *expected, scale))
+
+
 def test_several_requests(ops, case):
     held, (q, other), ids, scale = case
     both = ops.attend_ragged(

@@ -65,6 +65,18 @@ def attend_blocks(
     return _finish(out, total, high)
 
 
+def attend_decode(
+    q: Tensor, raw_k: Tensor, raw_v: Tensor, keys: Keys, values: Values, block_ids: Tensor, softmax_scale: float
+) -> Partial:
+    """Attention of one decode token to a request's raw tokens and to the blocks of one pool, together.
+
+    Args:
+        q: [G, R, D]. raw_k: [G, S, D], S at least 1. raw_v: [G, S, E]. The others as in attend_blocks.
+    """
+    raw = attend_window(q, raw_k, raw_v, 1, softmax_scale)
+    return merge_partials([raw, attend_blocks(q, keys, values, block_ids, softmax_scale)])
+
+
 def attend_ragged(
     q: Tensor, keys: Keys, values: Values, block_ids: Tensor, first_blocks: Tensor, softmax_scale: float
 ) -> Partial:
