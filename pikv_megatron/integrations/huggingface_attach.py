@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pikv_megatron.config import ModelConfig
 from pikv_megatron.integrations import huggingface_attention  # noqa: F401 - registers what attach switches to
-from pikv_megatron.integrations.huggingface_current import NAME, current
+from pikv_megatron.integrations.huggingface_current import NAME, current, eager
 from pikv_megatron.integrations.huggingface_model import (
     Router,
     config_experts,
@@ -90,6 +90,7 @@ def detach(model: nn.Module) -> None:
     hf_model.set_attn_implementation(attached.implementation)
 
 
+@eager
 def _before(
     config: Any,
     implementation: str,
@@ -111,12 +112,14 @@ def _before(
             )
 
 
+@eager
 def _after(config: Any, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Ends a forward, a failed one too: nothing of it stays, and no reference to its cache."""
     config._attn_implementation = NAME
     current.writing = current.routed = None
 
 
+@eager
 def _observe(router: Router, gate: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Tells the cache which experts the tokens went to whose attention has just run."""
     routed = current.routed

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from pikv_megatron.integrations.huggingface_current import NAME, Routed, current
+from pikv_megatron.integrations.huggingface_current import NAME, Routed, current, eager
 from pikv_megatron.integrations.huggingface_mla import expand_output, fold_query, join
 
 REFUSED = ("softcap", "position_bias", "sinks", "indices", "block_indices", "output_attentions")
 """Arguments of attention functions that change what is computed, or ask for its weights."""
 
 
+@eager
 def pikv_attention(
     module: nn.Module,
     query: Tensor,
@@ -63,6 +64,11 @@ def pikv_attention(
         raise NotImplementedError(
             f"scaling: layer {layer_id} has {scaling}, the cache was made for {cache.cache.model.scale}"
         )
+    if query.dtype != cache.cache.model.torch_dtype:
+        raise TypeError(
+            f"past_key_values: made for {cache.cache.model.torch_dtype}, the model now computes in {query.dtype}; make "
+            "the cache once the model is in its dtype"
+        )
     step = cache.plan(layer_id, query.shape[0], query.shape[2], attention_mask)
     if cache.latents:
         key, value = join(*given)
@@ -90,7 +96,10 @@ def pikv_mask(
         NotImplementedError: the model adds to the causal mask, or asks for another.
     """
     if allow_is_bidirectional_skip or not allow_is_causal_skip:
-        raise NotImplementedError("attention_mask: the model asks for more than a causal mask and padding")
+        raise NotImplementedError(
+            "attention_mask: the model asks for more than a causal mask and padding; where generate makes a cache and "
+            "masks of its own (cache_implementation), detach(model) first, or pass past_key_values=PiKVHFCache(model)"
+        )
     return attention_mask
 
 

@@ -21,7 +21,7 @@ from pikv_megatron.blocks import PoolFullError
 from pikv_megatron.cache import PiKVCache
 from pikv_megatron.config import RuntimeConfig, Source
 from pikv_megatron.integrations.huggingface_attach import attach, is_attached
-from pikv_megatron.integrations.huggingface_current import NAME, current
+from pikv_megatron.integrations.huggingface_current import NAME, current, eager
 from pikv_megatron.integrations.huggingface_mla import caches_latents
 from pikv_megatron.integrations.huggingface_model import attention_layers, find_model, model_config
 
@@ -90,6 +90,7 @@ class PiKVHFCache(Cache):
 
     # ---- what a forward does
 
+    @eager
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,16 @@
 """Which cache the forward of this thread is writing to: the one thing that `Cache.update`, the attention behind it and
-the router behind that have to tell each other, since transformers hands the cache to the first of them only.
+the router behind that have to tell each other, since transformers hands the cache to the first of them only. None of
+it can be traced: these functions are `eager`.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import torch
 
 if TYPE_CHECKING:
     from pikv_megatron.integrations.huggingface_cache import PiKVHFCache, Step
@@ -14,6 +18,13 @@ if TYPE_CHECKING:
 
 NAME = "pikv"
 """Of PiKV's functions in transformers' attention and mask interfaces."""
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def eager(function: Function) -> Function:
+    """Keeps a function out of torch.compile's graphs, which break there."""
+    return cast(Function, torch.compiler.disable(function))
 
 
 @dataclass

@@ -138,3 +138,23 @@ def test_int8(models):
     worst = (torch.stack(found) - logits).abs().max() / logits.std()
     assert worst < INT8_BOUND
     assert (worst > 1e-4) == (cache.cache.stats()["tiers"]["device"]["blocks_used"] > 0)  # sliding layers stay raw
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_a_compiled_model(family):
+    """torch.compile leaves the cache, its attention and the routers' hooks to eager; logits and labels as without."""
+    stock, model = make(family), make(family)
+    cache, expected = PiKVHFCache(model, RUNTIME), PiKVHFCache(stock, RUNTIME)
+    compiled = torch.compile(model)
+    ids, mask = prompts(2)
+    with torch.no_grad():
+        for columns in (40, 1, 1):
+            found = compiled(ids[:, :columns], attention_mask=mask, past_key_values=cache).logits
+            other = stock(ids[:, :columns], attention_mask=mask, past_key_values=expected).logits
+            assert (found - other)[:, -1].abs().max() < 1e-4
+            mask = pad(mask, (0, 1), value=1)
+    layers = [c.cache._requests[c.request_ids[1]].layers[1] for c in (cache, expected)]
+    labels, others = ([t.pool.label[t.tensor].tolist() for t in layer.tables] for layer in layers)
+    assert labels == others
+    assert len(set(labels[0])) > 1

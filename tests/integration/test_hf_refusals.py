@@ -282,3 +282,22 @@ def test_rows_stay_where_they_are_while_a_forward_is_half_done(model):
     ):
         with pytest.raises(RuntimeError, match="ended early"):
             change(value)
+
+
+def test_a_cache_of_another_dtype_is_refused(model):
+    cache = PiKVHFCache(model, RUNTIME)
+    model.bfloat16()
+    with (
+        torch.no_grad(),
+        pytest.raises(TypeError, match=r"made for torch\.float32, .* torch\.bfloat16"),
+    ):
+        model(prompts(1)[0], past_key_values=cache)
+    assert cache.cache.requests() == []
+
+
+def test_a_static_cache_on_an_attached_model_says_what_to_do(model):
+    attach(model)
+    with pytest.raises(NotImplementedError, match=r"detach\(model\) first"):
+        model.generate(prompts(1)[0], max_new_tokens=2, cache_implementation="static")
+    detach(model)
+    assert model.generate(prompts(1)[0], max_new_tokens=2, cache_implementation="static").shape == (1, 42)
