@@ -61,6 +61,28 @@ Values stored_values(const Tensor& q, PIKV_VALUE_ARGUMENTS, const Keys& keys, co
 }
 #define PIKV_STORED_VALUES(q) stored_values(q, v, v_codes, v_scale, v_zero, v_bits, keys, out)
 
+// Attends where keys, values or both have a low-rank part; false where none has.
+bool attend_low_rank(const char* op, const Tensor& q, double softmax_scale, Keys keys,
+                     const std::vector<Tensor>& k_low_rank, Values values, const std::vector<Tensor>& v_low_rank,
+                     const Places& places, const Output& to) {
+  if (k_low_rank.empty() && v_low_rank.empty()) return false;
+  LowRank of_keys{}, of_values{};
+  MaybeTensor projected;
+  if (!k_low_rank.empty()) {
+    of_keys = placed_part(q, k_low_rank, keys.groups, keys.block_size, keys.dim);
+    projected = project_queries(op, q, softmax_scale, keys, of_keys);
+    keys.low_rank = &of_keys;
+  }
+  if (!v_low_rank.empty()) {
+    of_values = placed_part(q, v_low_rank, values.groups, values.block_size, values.dim);
+    values.low_rank = &of_values;
+  }
+  check_launch(op, pikv_cuda_attend_low_rank(data<float>(q), q.dim() == 4 ? q.size(0) : 1, q.size(q.dim() - 2),
+                                             static_cast<float>(softmax_scale), &keys, &values, &places, to.splits,
+                                             to.between, to.out, to.lse, to.stream));
+  return true;
+}
+
 }  // namespace
 
 void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS,
@@ -70,26 +92,16 @@ void attend_blocks(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PI
   STD_TORCH_CHECK(q.dim() == 3, "q: expected [groups, rows, channels]");
   const DeviceGuard guard(q.get_device_index());
   const Keys keys = PIKV_STORED_KEYS(q);
-  Values values = PIKV_STORED_VALUES(q);
+  const Values values = PIKV_STORED_VALUES(q);
   check("block_ids", block_ids, ScalarType::Long, {-1});
   const int64_t count = block_ids.numel(), rows = q.size(1);
   check_positions(key_positions, {count, keys.block_size}, query_positions, rows);
   check_places(q, block_ids, key_positions, query_positions);
   const Output to(q, count * keys.block_size, values.dim, out, lse);
-  if (!k_low_rank.empty() || !v_low_rank.empty()) {
-    LowRank part{};
-    if (!v_low_rank.empty()) {
-      part = placed_part(q, v_low_rank, values.groups, values.block_size, values.dim);
-      values.low_rank = &part;
-    }
-    Tensor logits = torch::stable::new_empty(q, {keys.groups * rows * count * keys.block_size});
-    put_logits("attend_blocks", q, softmax_scale, keys, k_low_rank, block_ids, mutable_data<float>(logits));
-    check_launch("attend_blocks",
-                 pikv_cuda_attend_logits(data<float>(logits), rows, &values, data<int64_t>(block_ids), count,
-                                         data<int64_t>(key_positions), data<int64_t>(query_positions), to.splits,
-                                         to.between, to.out, to.lse, to.stream));
-    return;
-  }
+  Places places{};
+  places.ids = data<int64_t>(block_ids), places.count = count;
+  places.key_positions = data<int64_t>(key_positions), places.query_positions = data<int64_t>(query_positions);
+  if (attend_low_rank("attend_blocks", q, softmax_scale, keys, k_low_rank, values, v_low_rank, places, to)) return;
   check_launch("attend_blocks", pikv_cuda_attend_blocks(data<float>(q), rows, static_cast<float>(softmax_scale), &keys,
                                                         &values, data<int64_t>(block_ids), count,
                                                         data<int64_t>(key_positions), data<int64_t>(query_positions),
@@ -113,7 +125,6 @@ void attend_decode(const Tensor& q, const Tensor& raw_k, const Tensor& raw_v, PI
 
 void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS,
                    const Tensor& block_ids, const Tensor& first_blocks, double softmax_scale, Tensor out, Tensor lse) {
-  STD_TORCH_CHECK(k_low_rank.empty() && v_low_rank.empty(), "low-rank parts: not on CUDA yet");
   STD_TORCH_CHECK(q.dim() == 4, "q: expected [requests, groups, rows, channels]");
   const DeviceGuard guard(q.get_device_index());
   const Keys keys = PIKV_STORED_KEYS(q);
@@ -123,6 +134,9 @@ void attend_ragged(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PI
   check("first_blocks", first_blocks, ScalarType::Long, {requests + 1});
   check_places(q, block_ids, first_blocks);
   const Output to(q, count * keys.block_size / std::max<int64_t>(1, requests), values.dim, out, lse);
+  Places places{};
+  places.ids = data<int64_t>(block_ids), places.count = count, places.first_blocks = data<int64_t>(first_blocks);
+  if (attend_low_rank("attend_ragged", q, softmax_scale, keys, k_low_rank, values, v_low_rank, places, to)) return;
   check_launch("attend_ragged",
                pikv_cuda_attend_ragged(data<float>(q), requests, q.size(2), static_cast<float>(softmax_scale), &keys,
                                        &values, data<int64_t>(block_ids), data<int64_t>(first_blocks), to.splits,
@@ -151,7 +165,6 @@ void attend_at(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTen
 void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PIKV_PART_ARGUMENTS,
                    const Tensor& block_ids,
                    const Tensor& offsets, double softmax_scale, const MaybeTensor& read, Tensor out, Tensor lse) {
-  STD_TORCH_CHECK(k_low_rank.empty() && v_low_rank.empty(), "low-rank parts: not on CUDA yet");
   STD_TORCH_CHECK(q.dim() == 3, "q: expected [groups, rows, channels]");
   const DeviceGuard guard(q.get_device_index());
   const Keys keys = PIKV_STORED_KEYS(q);
@@ -162,6 +175,10 @@ void attend_tokens(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_VALUE_ARGUMENTS, PI
   if (read) check("read", *read, ScalarType::Bool, {q.size(0), count});
   check_places(q, block_ids, offsets, read);
   const Output to(q, count, values.dim, out, lse);
+  Places places{};
+  places.ids = data<int64_t>(block_ids), places.count = count;
+  places.offsets = data<int64_t>(offsets), places.read = data<bool>(read);
+  if (attend_low_rank("attend_tokens", q, softmax_scale, keys, k_low_rank, values, v_low_rank, places, to)) return;
   check_launch("attend_tokens",
                pikv_cuda_attend_tokens(data<float>(q), q.size(1), static_cast<float>(softmax_scale), &keys, &values,
                                        data<int64_t>(block_ids), data<int64_t>(offsets), data<bool>(read), count,

@@ -1,5 +1,5 @@
-// low_rank_logits: what a low-rank part adds to the logits of whole blocks. The queries meet the bases first, all of
-// them, so that a token costs `rank` products and not `dim`.
+// low_rank_logits: what a low-rank part adds to the logits of whole blocks, of queries that project_queries has brought
+// to the bases.
 
 #include "warp.cuh"
 
@@ -7,33 +7,18 @@ namespace pikv::cuda {
 
 constexpr int kPartRows = 8;  // that a thread block takes
 
-// projected [bases, G, R, rank] = softmax_scale * q B^T. Grid: its numbers, a warp each, then KV heads, bases.
-__global__ void __launch_bounds__(kThreads)
-    project_kernel(const float* q, int64_t rows, float softmax_scale, int64_t groups, int64_t dim, const float* basis,
-                   int64_t rank, float* projected) {
-  const int64_t place = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id();
-  if (place >= rows * rank) return;
-  const int64_t row = place / rank, matrix = static_cast<int64_t>(blockIdx.z) * groups + blockIdx.y;
-  const float* x = q + (blockIdx.y * rows + row) * dim;
-  const float* b = basis + (matrix * rank + place - row * rank) * dim;
-  float sum = 0.0f;
-  for (int64_t channel = lane_id(); channel < dim; channel += kLanes) sum = fmaf(x[channel], b[channel], sum);
-  sum = lanes_sum(sum);
-  if (lane_id() == 0) projected[matrix * rows * rank + place] = sum * softmax_scale;
-}
-
 // Grid: blocks, KV heads, pieces of kPartRows rows. The factors' scale folds into the projected queries, as the keys'
 // does into q.
 __global__ void __launch_bounds__(kThreads)
-    low_rank_logits_kernel(LowRank part, const float* projected, int64_t rows, int64_t groups, int64_t block_size,
-                           const int64_t* ids, int64_t count, float* logits) {
+    low_rank_logits_kernel(LowRank part, int64_t rows, int64_t groups, int64_t block_size, const int64_t* ids,
+                           int64_t count, float* logits) {
   PIKV_DYNAMIC_SHARED(shared);
   float* folded = reinterpret_cast<float*>(shared);  // [kPartRows, rank]
   float* offsets = folded + kPartRows * part.rank;   // [kPartRows]
   const int64_t id = ids[blockIdx.x], matrix = id * groups + blockIdx.y, rank = part.rank;
   const int64_t first_row = static_cast<int64_t>(blockIdx.z) * kPartRows;
   const int64_t left = rows - first_row, mine = left < kPartRows ? left : kPartRows;
-  const float* its = projected + ((part.basis_of[id] * groups + blockIdx.y) * rows + first_row) * rank;
+  const float* its = part.projected + ((part.basis_of[id] * groups + blockIdx.y) * rows + first_row) * rank;
   const uint16_t* scale = part.scale + matrix * rank;
   const uint16_t* zero = part.zero + matrix * rank;
   for (int64_t row = warp_id(); row < mine; row += kWarps) {
@@ -57,22 +42,15 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-extern "C" int pikv_cuda_low_rank_logits(const float* q, int64_t rows, float softmax_scale, const Keys* keys,
-                                         const int64_t* ids, int64_t count, float* workspace, float* logits,
-                                         void* stream) {
+extern "C" int pikv_cuda_low_rank_logits(int64_t rows, const Keys* keys, const int64_t* ids, int64_t count,
+                                         float* logits, void* stream) {
   const LowRank& part = *keys->low_rank;
   if (part.rank < 1 || part.rank > kMaxDim) return cudaErrorInvalidValue;
   if (count == 0 || rows == 0 || keys->groups == 0) return cudaSuccess;
-  const auto s = static_cast<cudaStream_t>(stream);
-  const auto groups = static_cast<unsigned>(keys->groups);
-  const dim3 projections(static_cast<unsigned>((rows * part.rank + kWarps - 1) / kWarps), groups,
-                         static_cast<unsigned>(part.bases));
-  const int error = launch(project_kernel, projections, kThreads, 0, s, q, rows, softmax_scale, keys->groups, keys->dim,
-                           part.basis, part.rank, workspace);
-  if (error) return error;
-  const dim3 grid(static_cast<unsigned>(count), groups, static_cast<unsigned>((rows + kPartRows - 1) / kPartRows));
+  const dim3 grid(static_cast<unsigned>(count), static_cast<unsigned>(keys->groups),
+                  static_cast<unsigned>((rows + kPartRows - 1) / kPartRows));
   const size_t shared = static_cast<size_t>(kPartRows * (part.rank + 1)) * sizeof(float);
-  return launch(low_rank_logits_kernel, grid, kThreads, shared, s, part, static_cast<const float*>(workspace), rows,
+  return launch(low_rank_logits_kernel, grid, kThreads, shared, static_cast<cudaStream_t>(stream), part, rows,
                 keys->groups, keys->block_size, ids, count, logits);
 }
 

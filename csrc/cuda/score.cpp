@@ -50,18 +50,26 @@ void score_blocks(const Tensor& q, const Tensor& k_scale, const Tensor& k_zero, 
                                       mutable_data<float>(centre), mutable_data<float>(spread), current_stream(q)));
 }
 
+Tensor project_queries(const char* op, const Tensor& q, double softmax_scale, const Keys& keys, LowRank& part) {
+  const int64_t requests = q.dim() == 4 ? q.size(0) : 1, rows = q.size(q.dim() - 2);
+  Tensor projected = torch::stable::new_empty(q, {part.bases * keys.groups * requests * rows * part.rank});
+  part.projected = mutable_data<float>(projected);
+  check_launch(op, pikv_cuda_project_queries(data<float>(q), requests, rows, static_cast<float>(softmax_scale),
+                                             keys.groups, keys.dim, &part, mutable_data<float>(projected),
+                                             current_stream(q)));
+  return projected;
+}
+
 void put_logits(const char* op, const Tensor& q, double softmax_scale, Keys keys, const std::vector<Tensor>& low_rank,
                 const Tensor& block_ids, float* logits) {
-  const float scale = static_cast<float>(softmax_scale);
   const int64_t rows = q.size(1), count = block_ids.numel();
-  check_launch(op, pikv_cuda_key_logits(data<float>(q), rows, scale, &keys, data<int64_t>(block_ids), count, logits,
-                                        current_stream(q)));
+  check_launch(op, pikv_cuda_key_logits(data<float>(q), rows, static_cast<float>(softmax_scale), &keys,
+                                        data<int64_t>(block_ids), count, logits, current_stream(q)));
   if (low_rank.empty()) return;
-  const LowRank part = placed_part(q, low_rank, keys.groups, keys.block_size, keys.dim);
+  LowRank part = placed_part(q, low_rank, keys.groups, keys.block_size, keys.dim);
+  const Tensor projected = project_queries(op, q, softmax_scale, keys, part);
   keys.low_rank = &part;
-  Tensor workspace = torch::stable::new_empty(q, {part.bases * keys.groups * rows * part.rank});
-  check_launch(op, pikv_cuda_low_rank_logits(data<float>(q), rows, scale, &keys, data<int64_t>(block_ids), count,
-                                             mutable_data<float>(workspace), logits, current_stream(q)));
+  check_launch(op, pikv_cuda_low_rank_logits(rows, &keys, data<int64_t>(block_ids), count, logits, current_stream(q)));
 }
 
 void key_logits(const Tensor& q, PIKV_KEY_ARGUMENTS, PIKV_KEY_PART_ARGUMENT, const Tensor& block_ids,

@@ -151,15 +151,12 @@ __device__ __forceinline__ void dot_codes(const unsigned char* high, const unsig
   }
 }
 
-// This lane's share (part of parts) of one token's products with every row of q [ROWS, dim].
+// This lane's share (part of parts) of one token's products with every row of q [ROWS, dim]. The token's planes are in
+// shared or global memory; wide: their codes can be loaded 16 bytes at a time.
 template <bool SCALED, int ROWS>
-__device__ __forceinline__ void dot_token(Kind kind, const Tile& tile, const unsigned char* stage, int token,
-                                          const float* q, int dim, int part, int parts, float (&sum)[ROWS]) {
-  const unsigned char* high = stage + tile.high.at + token * tile.high.stride;
-  const unsigned char* low = stage + tile.low.at + token * tile.low.stride;
-  const unsigned char* scale = stage + tile.scale.at + token * tile.scale.stride;
-  const unsigned char* zero = stage + tile.zero.at + token * tile.zero.stride;
-  const bool wide = tile.high.bytes % 16 == 0;
+__device__ __forceinline__ void dot_planes(Kind kind, bool wide, const unsigned char* high, const unsigned char* low,
+                                           const unsigned char* scale, const unsigned char* zero, const float* q,
+                                           int dim, int part, int parts, float (&sum)[ROWS]) {
 #define PIKV_CODES(HI, LO)                                                                               \
   if (wide)                                                                                              \
     dot_codes<HI, LO, 4, SCALED, ROWS>(high, low, scale, zero, q, dim, part, parts, sum);                \
@@ -177,6 +174,18 @@ __device__ __forceinline__ void dot_token(Kind kind, const Tile& tile, const uns
     default: break;
   }
 #undef PIKV_CODES
+}
+
+// The same of a token of a tile.
+template <bool SCALED, int ROWS>
+__device__ __forceinline__ void dot_token(Kind kind, const Tile& tile, const unsigned char* stage, int token,
+                                          const float* q, int dim, int part, int parts, float (&sum)[ROWS]) {
+  const unsigned char* high = stage + tile.high.at + token * tile.high.stride;
+  const unsigned char* low = stage + tile.low.at + token * tile.low.stride;
+  const unsigned char* scale = stage + tile.scale.at + token * tile.scale.stride;
+  const unsigned char* zero = stage + tile.zero.at + token * tile.zero.stride;
+  const bool wide = tile.high.bytes % 16 == 0;
+  dot_planes<SCALED, ROWS>(kind, wide, high, low, scale, zero, q, dim, part, parts, sum);
 }
 
 // Sums over the lanes that share a token: lanes `tokens` apart.

@@ -8,7 +8,7 @@ from ctypes import c_bool, c_float, c_int, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from pikv_megatron.ops.reference import BlockScores, Keys, Partial, TokenScores, Values
+from pikv_megatron.ops.reference import BlockScores, Keys, LowRank, Partial, TokenScores, Values
 from tools import simulate
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -42,6 +42,16 @@ class _Values(ctypes.Structure):
         *[(name, c_int) for name in ("dtype", "bits")],
         *[(name, c_int64) for name in ("groups", "block_size", "dim")],
         ("low_rank", c_void_p),
+    )
+
+
+class _Places(ctypes.Structure):
+    """`struct Places` of cuda.h."""
+
+    _fields_ = (
+        ("ids", c_void_p),
+        ("count", c_int64),
+        *[(name, c_void_p) for name in ("first_blocks", "offsets", "read", "key_positions", "query_positions")],
     )
 
 
@@ -90,6 +100,11 @@ def _raw_keys(k: Tensor) -> _Keys:
 
 def _raw_values(v: Tensor) -> _Values:
     return _Values(v.data_ptr(), None, None, None, DTYPES[v.dtype], 0, *v.shape)
+
+
+def _part(part: LowRank, projected: Tensor | None = None) -> _LowRank:
+    bases, _, rank, _ = part.basis.shape
+    return _LowRank(*map(_pointer, part), _pointer(projected), rank, bases)
 
 
 class Launchers:
@@ -159,27 +174,44 @@ class Launchers:
         back = (self.splits, _pointer(workspace), _pointer(out), _pointer(lse))
         return front, back, Partial(out, lse), (q, workspace)
 
-    def _attend_logits(self, q, keys, values, block_ids, softmax_scale, key_positions, query_positions):
-        logits, stored = self.key_logits(q, keys, block_ids, softmax_scale), _values(values)
+    def _projected(self, q, part, softmax_scale):
+        """A keys' part with the queries in its bases, and what must live as long."""
+        bases, groups, rank, dim = part.basis.shape
+        requests, rows = q.numel() // (groups * q.shape[-2] * dim), q.shape[-2]
+        projected = torch.full((bases, groups, requests * rows, rank), torch.nan)
+        stored, q = _part(part, projected), q.float().contiguous()
+        sizes = (c_int64(requests), c_int64(rows), c_float(softmax_scale), c_int64(groups), c_int64(dim))
+        self._call("project_queries", _pointer(q), *sizes, ctypes.byref(stored), _pointer(projected))
+        return stored, projected
+
+    def _attend_low_rank(self, q, keys, values, softmax_scale, block_ids, **places):
+        """attend_blocks, attend_ragged and attend_tokens where there is a low-rank part."""
+        of_keys, of_values = _keys(keys), _values(values)
+        if keys.low_rank is not None:
+            part, _projected = self._projected(q, keys.low_rank, softmax_scale)
+            of_keys.low_rank = ctypes.addressof(part)
         if values.low_rank is not None:
-            bases, _, rank, _ = values.low_rank.basis.shape
-            part = _LowRank(*map(_pointer, values.low_rank), None, rank, bases)
-            stored.low_rank = ctypes.addressof(part)
-        _, back, partial, _held = self._attention(q, _keys(keys), stored, softmax_scale)
-        front = (_pointer(logits), c_int64(q.shape[1]), ctypes.byref(stored), _pointer(block_ids))
-        positions = map(_pointer, (key_positions, query_positions))
-        self._call("attend_logits", *front, c_int64(block_ids.numel()), *positions, *back)
+            its = _part(values.low_rank)
+            of_values.low_rank = ctypes.addressof(its)
+        front, back, partial, _held = self._attention(q, of_keys, of_values, softmax_scale)
+        if q.dim() == 3:
+            front = (front[0], c_int64(1), *front[1:])
+        where = _Places(_pointer(block_ids), block_ids.shape[-1], **{k: _pointer(x) for k, x in places.items()})
+        self._call("attend_low_rank", *front, ctypes.byref(where), *back)
         return partial
 
     def attend_blocks(self, q, keys, values, block_ids, softmax_scale, key_positions=None, query_positions=None):
-        if keys.low_rank is not None or values.low_rank is not None:
-            return self._attend_logits(q, keys, values, block_ids, softmax_scale, key_positions, query_positions)
+        if keys.low_rank or values.low_rank:
+            both = {"key_positions": key_positions, "query_positions": query_positions}
+            return self._attend_low_rank(q, keys, values, softmax_scale, block_ids, **both)
         front, back, partial, _held = self._attention(q, _keys(keys), _values(values), softmax_scale)
         positions = map(_pointer, (key_positions, query_positions))
         self._call("attend_blocks", *front, _pointer(block_ids), c_int64(block_ids.numel()), *positions, *back)
         return partial
 
     def attend_ragged(self, q, keys, values, block_ids, first_blocks, softmax_scale):
+        if keys.low_rank or values.low_rank:
+            return self._attend_low_rank(q, keys, values, softmax_scale, block_ids, first_blocks=first_blocks)
         front, back, partial, _held = self._attention(q, _keys(keys), _values(values), softmax_scale)
         self._call("attend_ragged", *front, _pointer(block_ids), _pointer(first_blocks), *back)
         return partial
@@ -193,6 +225,8 @@ class Launchers:
         return partial
 
     def attend_tokens(self, q, keys, values, block_ids, offsets, softmax_scale, read=None):
+        if keys.low_rank or values.low_rank:
+            return self._attend_low_rank(q, keys, values, softmax_scale, block_ids, offsets=offsets, read=read)
         front, back, partial, _held = self._attention(q, _keys(keys), _values(values), softmax_scale)
         tokens = map(_pointer, (block_ids, offsets, read))
         self._call("attend_tokens", *front, *tokens, c_int64(block_ids.shape[1]), *back)
@@ -249,11 +283,9 @@ class Launchers:
         blocks = (_pointer(block_ids), c_int64(block_ids.numel()))
         self._call("key_logits", *front, *blocks, _pointer(logits))
         if keys.low_rank is not None:
-            bases, _, rank, _ = keys.low_rank.basis.shape
-            part = _LowRank(*map(_pointer, keys.low_rank), None, rank, bases)
+            part, _projected = self._projected(q, keys.low_rank, softmax_scale)
             stored.low_rank = ctypes.addressof(part)
-            workspace = torch.full((bases, *q.shape[:2], rank), torch.nan)
-            self._call("low_rank_logits", *front, *blocks, _pointer(workspace), _pointer(logits))
+            self._call("low_rank_logits", c_int64(q.shape[1]), ctypes.byref(stored), *blocks, _pointer(logits))
         return logits
 
     def rank_tokens(self, coarse, raw_lse):

@@ -61,7 +61,7 @@ def _rng(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _close(partial: reference.Partial, expected: tuple[torch.Tensor, torch.Tensor], relative: float = 1e-5) -> None:
+def close(partial: reference.Partial, expected: tuple[torch.Tensor, torch.Tensor], relative: float = 1e-5) -> None:
     """Within `relative` of the largest output; lse likewise; rows that see nothing equal."""
     out, lse = expected
     blind = lse == -torch.inf
@@ -74,7 +74,7 @@ def _close(partial: reference.Partial, expected: tuple[torch.Tensor, torch.Tenso
     assert ((partial.lse.double() - lse)[~blind].abs() <= relative * lse[~blind].abs().clamp(min=1)).all()
 
 
-def _check_blocks(cuda, codec, dim, value_dim, heads, block_size, blocks, causal, splits, rank_k=0, rank_v=0, bases=1):
+def check_blocks(cuda, codec, dim, value_dim, heads, block_size, blocks, causal, splits, rank_k=0, rank_v=0, bases=1):
     cuda.splits = splits
     value_dim = value_dim or dim
     held = with_parts(_store(codec, max(blocks, 3), block_size, dim, value_dim), rank_k, rank_v, bases)
@@ -89,12 +89,12 @@ def _check_blocks(cuda, codec, dim, value_dim, heads, block_size, blocks, causal
         positions = key_positions, query_positions
         seen = key_positions.flatten() <= query_positions.unsqueeze(1)
     partial = cuda.attend_blocks(q, held.keys, held.values, ids, dim**-0.5, *positions)
-    _close(partial, dense_rows(q, k, v, dim**-0.5, seen))
+    close(partial, dense_rows(q, k, v, dim**-0.5, seen))
 
 
 @pytest.mark.parametrize("case", every_pair(BLOCKS), ids=name_of)
 def test_attend_blocks(cuda, case):
-    _check_blocks(cuda, **case)
+    check_blocks(cuda, **case)
 
 
 @pytest.mark.slow
@@ -102,34 +102,14 @@ def test_attend_blocks(cuda, case):
 @pytest.mark.parametrize("codec", CODECS)
 def test_attend_blocks_in_every_case(cuda, codec, dim):
     for case in every_case({**BLOCKS, **ONE_OF_BLOCKS, "codec": [codec], "dim": [dim]}):
-        _check_blocks(cuda, **case)
+        check_blocks(cuda, **case)
 
 
-PARTS = {
-    "codec": ("float32", "bfloat16", "float16", "int8", "int4", "int2"),
-    "dim": (64, 80, 256),
-    "value_dim": (48, 128, 256),
-    "heads": (1, 4, 9),
-    "block_size": (16, 64),
-    "blocks": (0, 1, 13),
-    "rank_k": (0, 1, 16, 33),
-    "rank_v": (0, 1, 16, 200),
-    "bases": (1, 3),
-    "causal": (False, True),
-    "splits": (1, 3),
-}
-
-
-@pytest.mark.parametrize("case", every_pair(PARTS), ids=name_of)
-def test_attend_blocks_with_low_rank_parts(cuda, case):
-    _check_blocks(cuda, **case)
-
-
-def _check_tokens(cuda, codec, dim, value_dim, heads, block_size, tokens, some, splits):
+def check_tokens(cuda, codec, dim, value_dim, heads, block_size, tokens, some, splits, rank_k=0, rank_v=0, bases=1):
     cuda.splits = splits
     value_dim = value_dim or dim
     blocks = tokens // block_size + 2
-    held = _store(codec, blocks, block_size, dim, value_dim)
+    held = with_parts(_store(codec, blocks, block_size, dim, value_dim), rank_k, rank_v, bases)
     q = torch.randn(2, heads, dim, generator=_rng(4))
     places = torch.stack([torch.randperm(blocks * block_size, generator=_rng(5 + g))[:tokens] for g in range(2)])
     k, v = (x.transpose(0, 1).flatten(1, 2) for x in (held.k, held.v))
@@ -141,12 +121,12 @@ def _check_tokens(cuda, codec, dim, value_dim, heads, block_size, tokens, some, 
         seen = read.unsqueeze(1).expand(-1, heads, -1)
     ids, offsets = places // block_size, places % block_size
     partial = cuda.attend_tokens(q, held.keys, held.values, ids, offsets, dim**-0.5, read)
-    _close(partial, dense_rows(q, k, v, dim**-0.5, seen))
+    close(partial, dense_rows(q, k, v, dim**-0.5, seen))
 
 
 @pytest.mark.parametrize("case", every_pair(TOKENS), ids=name_of)
 def test_attend_tokens(cuda, case):
-    _check_tokens(cuda, **case)
+    check_tokens(cuda, **case)
 
 
 @pytest.mark.slow
@@ -154,7 +134,7 @@ def test_attend_tokens(cuda, case):
 @pytest.mark.parametrize("codec", CODECS)
 def test_attend_tokens_in_every_case(cuda, codec, dim):
     for case in every_case({**TOKENS, **ONE_OF_TOKENS, "codec": [codec], "dim": [dim]}):
-        _check_tokens(cuda, **case)
+        check_tokens(cuda, **case)
 
 
 @pytest.mark.parametrize("heads", [1, 3, 9])
@@ -169,7 +149,7 @@ def test_attend_ragged(cuda, codec, heads):
     partial = cuda.attend_ragged(q, held.keys, held.values, ids, first, 0.1)
     for i in range(len(lengths)):
         expected = dense_rows(q[i], *rows_of(held, ids[first[i] : first[i + 1]]), 0.1)
-        _close(reference.Partial(partial.out[i], partial.lse[i]), expected)
+        close(reference.Partial(partial.out[i], partial.lse[i]), expected)
 
 
 @pytest.mark.parametrize("dtype", RAW)
@@ -182,8 +162,8 @@ def test_attend_at(cuda, tokens, query_tokens, dtype):
     query_positions = key_positions[-query_tokens:].repeat(3)
     query_positions[0] -= 1000  # sees nothing
     seen = key_positions <= query_positions.unsqueeze(1)
-    _close(cuda.attend_at(q, k, v, key_positions, query_positions, 0.125), dense_rows(q, k, v, 0.125, seen))
-    _close(cuda.attend_at(q, k, v, None, None, 0.125), dense_rows(q, k, v, 0.125))
+    close(cuda.attend_at(q, k, v, key_positions, query_positions, 0.125), dense_rows(q, k, v, 0.125, seen))
+    close(cuda.attend_at(q, k, v, None, None, 0.125), dense_rows(q, k, v, 0.125))
 
 
 @pytest.mark.parametrize("splits", [1, 2, 7, 40])
@@ -194,7 +174,7 @@ def test_any_split_gives_the_same(cuda, splits):
     ids = torch.randperm(9, generator=_rng(9))
     cuda.splits = splits
     partial = cuda.attend_blocks(q, held.keys, held.values, ids, 0.125)
-    _close(partial, dense_rows(q, *rows_of(held, ids), 0.125))
+    close(partial, dense_rows(q, *rows_of(held, ids), 0.125))
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -235,7 +215,7 @@ def test_a_long_context(cuda, blocks, codec):
     expected = dense_rows(q, *rows_of(held, ids), 0.125)
     assert expected[0].abs().max() < 0.1
     cuda.splits = 1
-    _close(cuda.attend_blocks(q, held.keys, held.values, ids, 0.125), expected)
+    close(cuda.attend_blocks(q, held.keys, held.values, ids, 0.125), expected)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 33, 70])
@@ -248,7 +228,7 @@ def test_merge_partials(cuda, parts):
     outs[lses == -torch.inf] = 0
     partials = [reference.Partial(out, lse) for out, lse in zip(outs, lses, strict=True)]
     doubles = [reference.Partial(out.double(), lse.double()) for out, lse in zip(outs, lses, strict=True)]
-    _close(cuda.merge_partials(partials), reference.merge_partials(doubles))
+    close(cuda.merge_partials(partials), reference.merge_partials(doubles))
 
 
 def test_what_the_kernels_do_not_cover_is_refused(cuda):

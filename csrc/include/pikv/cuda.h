@@ -3,8 +3,8 @@
 //
 // Every function puts its work on the stream and returns at once: no allocation, no wait, fit for graph capture. The
 // result is a cudaError_t as an int, 0 for success; what the kernels do not cover is cudaErrorInvalidValue (1).
-// Channels are multiples of 16 and at most kMaxDim; pointers are aligned to 16 bytes; block ids and offsets are
-// trusted.
+// Channels are multiples of 16 and at most kMaxDim, ranks at most kMaxDim; pointers are aligned to 16 bytes; block ids,
+// offsets and bases of blocks are trusted.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ namespace pikv::cuda {
 constexpr int64_t kMaxDim = 256;
 constexpr int kWarps = 4;  // of a thread block; each works on blocks of its own
 
-// Floats of workspace that attend_blocks and attend_tokens need for `rows` rows (of all KV heads) and `splits` parts.
+// Floats of workspace that every attend_* needs for `rows` rows (of all KV heads) and `splits` parts.
 constexpr int64_t attend_workspace(int64_t rows, int64_t value_dim, int64_t splits) {
   return splits * rows * (value_dim + 1);
 }
@@ -26,6 +26,17 @@ constexpr int64_t attend_workspace(int64_t rows, int64_t value_dim, int64_t spli
 struct Blocks {
   const void* x;
   int64_t block_bytes, head_bytes;
+};
+
+// The tokens that attention goes to; what is not said is null. Whole blocks ids [count], where several requests attend
+// those of request i at ids[first_blocks[i], first_blocks[i + 1]); key_positions [count, B] and query_positions [R].
+// With offsets single tokens, of every KV head its own: ids, offsets and read [G, count].
+struct Places {
+  const int64_t* ids;
+  int64_t count;
+  const int64_t *first_blocks, *offsets;
+  const bool* read;
+  const int64_t *key_positions, *query_positions;
 };
 
 extern "C" {
@@ -69,11 +80,11 @@ int pikv_cuda_attend_tokens(const float* q, int64_t rows, float softmax_scale, c
                             const int64_t* ids, const int64_t* offsets, const bool* read, int64_t count, int splits,
                             float* workspace, float* out, float* lse, void* stream);
 
-// Attention over blocks ids [count] from their logits [G, R, count * B], values with their low-rank part where there is
-// one; the rest as in attend_blocks.
-int pikv_cuda_attend_logits(const float* logits, int64_t rows, const Values* values, const int64_t* ids, int64_t count,
-                            const int64_t* key_positions, const int64_t* query_positions, int splits, float* workspace,
-                            float* out, float* lse, void* stream);
+// attend_blocks, attend_ragged and attend_tokens where keys, values or both have a low-rank part; of keys with
+// `projected`, see project_queries. q [requests, G, R, D], one request but where first_blocks says more.
+int pikv_cuda_attend_low_rank(const float* q, int64_t requests, int64_t rows, float softmax_scale, const Keys* keys,
+                              const Values* values, const Places* places, int splits, float* workspace, float* out,
+                              float* lse, void* stream);
 
 // Merges `parts` partials: outs [parts, rows, dim], lses [parts, rows] to out [rows, dim], lse [rows].
 int pikv_cuda_merge_partials(const float* outs, const float* lses, int64_t parts, int64_t rows, int64_t dim, float* out,
@@ -87,9 +98,13 @@ int pikv_cuda_score_tokens(const float* q, int64_t rows, float softmax_scale, co
 // Logits of blocks ids [count] from whole keys: logits [G, R, count * B].
 int pikv_cuda_key_logits(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const int64_t* ids,
                          int64_t count, float* logits, void* stream);
-// Adds to these what keys->low_rank adds to the keys. workspace: [bases, G, R, rank]; bases of blocks are trusted.
-int pikv_cuda_low_rank_logits(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const int64_t* ids,
-                              int64_t count, float* workspace, float* logits, void* stream);
+// Adds to these what keys->low_rank adds to the keys, with `projected` as project_queries makes it.
+int pikv_cuda_low_rank_logits(int64_t rows, const Keys* keys, const int64_t* ids, int64_t count, float* logits,
+                              void* stream);
+// Of q [requests, G, R, D] what the launchers want as `projected` of the keys' part: softmax_scale * q B^T of every
+// basis, [bases, G, requests * R, rank].
+int pikv_cuda_project_queries(const float* q, int64_t requests, int64_t rows, float softmax_scale, int64_t groups,
+                              int64_t dim, const LowRank* part, float* projected, void* stream);
 
 // What bounds say of blocks ids [count]: bound, centre, spread [G, R, count]. Of keys: scale, zero, the bits, groups,
 // dim.

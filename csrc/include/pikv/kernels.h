@@ -14,7 +14,7 @@ enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
 
 // What is added to decoded rows: A B. Factors A are 8-bit codes [blocks, G, B, rank] with scale and zero [blocks, G,
 // rank] float16; basis B [bases, G, rank, channels]; basis_of [blocks]. projected: of keys, q B^T [bases, G, R,
-// padded(rank)] of the bases that are read.
+// padded(rank)] of the bases that are read; on CUDA as project_queries makes it.
 struct LowRank {
   const uint8_t* codes;
   const uint16_t* scale;

@@ -118,6 +118,59 @@ StoredValues::StoredValues(int64_t groups, int64_t block_size, int64_t dim, int 
   values.codes = codes.data(), values.scale = scale.data(), values.zero = zero.data();
 }
 
+std::vector<float> StoredValues::decoded(int64_t matrix) const {
+  const int64_t size = values.block_size * values.dim, first = matrix * values.block_size;
+  if (values.raw) return {raw.begin() + matrix * size, raw.begin() + (matrix + 1) * size};
+  std::vector<float> v(static_cast<size_t>(size));
+  pikv::scalar_kernels()->dequantize(values.codes + matrix * size * values.bits / 8, nullptr, values.scale + first,
+                                     values.zero + first, values.block_size, values.dim, values.bits, 0, false, false,
+                                     v.data());
+  return v;
+}
+
+StoredPart::StoredPart(int64_t groups, int64_t block_size, int64_t channels, int64_t rank, int64_t bases)
+    : factors(groups, block_size, rank, 8, 0),  // a scale and a zero per column and block, as keys have them
+      basis(numbers(bases * groups * rank * channels, -0.3f, 0.3f)),
+      basis_of(indices(kBlocks, bases)),
+      part{.codes = factors.keys.high,
+           .scale = factors.keys.scale,
+           .zero = factors.keys.zero,
+           .basis = basis.data(),
+           .basis_of = basis_of.data(),
+           .rank = rank,
+           .bases = bases} {}
+
+std::vector<float> StoredPart::decoded(int64_t id, int64_t head) const {
+  const int64_t groups = factors.keys.groups, rank = part.rank;
+  const int64_t channels = static_cast<int64_t>(basis.size()) / (part.bases * groups * rank);
+  const float* rows = basis.data() + (basis_of[static_cast<size_t>(id)] * groups + head) * rank * channels;
+  const std::vector<float> a = factors.decoded(id * groups + head);
+  std::vector<float> added;
+  for (int64_t token = 0; token < factors.keys.block_size; ++token)
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      double sum = 0;
+      for (int64_t j = 0; j < rank; ++j)
+        sum += static_cast<double>(a[static_cast<size_t>(token * rank + j)]) * rows[j * channels + channel];
+      added.push_back(static_cast<float>(sum));
+    }
+  return added;
+}
+
+std::vector<float> StoredPart::projected(const std::vector<float>& q, int64_t requests, int64_t rows,
+                                         float scale) const {
+  const int64_t groups = factors.keys.groups, channels = static_cast<int64_t>(q.size()) / (requests * groups * rows);
+  std::vector<float> all;
+  for (int64_t matrix = 0; matrix < part.bases * groups; ++matrix)
+    for (int64_t request = 0; request < requests; ++request) {
+      const float* its = basis.data() + matrix * part.rank * channels;
+      const std::vector<double> sums =
+          products(q.data() + (request * groups + matrix % groups) * rows * channels, rows,
+                   {its, its + part.rank * channels}, channels, scale);
+      all.insert(all.end(), sums.begin(), sums.end());
+    }
+  return all;
+}
+
 std::vector<float> padded_queries(const std::vector<float>& q, int64_t rows, int64_t dim, float scale) {
   const int64_t width = pikv::padded(dim);
   std::vector<float> to(static_cast<size_t>(rows * width));

@@ -59,6 +59,23 @@ struct StoredValues {
   std::vector<uint8_t> codes;
   std::vector<uint16_t> scale, zero;
   pikv::Values values;
+
+  // As StoredKeys::decoded.
+  std::vector<float> decoded(int64_t matrix) const;
+};
+
+// A low-rank part of a pool's rows, filled.
+struct StoredPart {
+  StoredPart(int64_t groups, int64_t block_size, int64_t channels, int64_t rank, int64_t bases);
+  StoredKeys factors;
+  std::vector<float> basis;
+  std::vector<int64_t> basis_of;
+  pikv::LowRank part;
+
+  // What it adds to one KV head of a block: [block_size, channels].
+  std::vector<float> decoded(int64_t id, int64_t head) const;
+  // What `projected` is on CUDA for q [requests, G, rows, channels].
+  std::vector<float> projected(const std::vector<float>& q, int64_t requests, int64_t rows, float scale) const;
 };
 
 // q [rows, dim] times scale, rows padded as the CPU kernels want them.
