@@ -8,6 +8,8 @@ import pytest
 import torch
 from stored import dense_rows, random_store, rows_of, with_parts
 
+from pikv_megatron.ops import reference
+
 CASES = [  # rank of keys, of values, codec, head_dim, v_head_dim, query heads per KV head, block size
     (8, 8, "int8", 128, 128, 4, 32),
     (16, 16, "int8", 128, 128, 4, 32),
@@ -92,6 +94,30 @@ def test_positions(ops):
     out, lse = dense_rows(q, *rows_of(held, ids), 0.125, at.flatten() <= queries.unsqueeze(1))
     assert (partial.out[:, 0] == 0).all() and (partial.lse[:, 0] == -torch.inf).all()
     _close(ops.Partial(partial.out[:, 1:], partial.lse[:, 1:]), (out[:, 1:], lse[:, 1:]))
+
+
+@pytest.mark.parametrize(("rank_k", "rank_v"), [(16, 0), (0, 16), (5, 8)])
+def test_mass(ops, rank_k, rank_v):
+    """Scores are of the codes alone; with a radius that reaches as far as the part does, the promise holds."""
+    bare = random_store(BLOCKS, GROUPS, 16, 64, 64, "int8")
+    held = with_parts(bare, rank_k, rank_v, BASES)
+    rng = torch.Generator().manual_seed(9)
+    q, ids = 4 * torch.randn(GROUPS, 3, 64, generator=rng), torch.randperm(BLOCKS, generator=rng)
+    k, v = rows_of(held, ids)
+    logits = torch.einsum("grd,gsd->grs", q.double(), k) * 0.125
+    scores = ops.score_tokens(q, bare.keys, ids, 0.125)
+    off = (logits.view_as(scores.coarse) - scores.coarse).abs().amax(-1)
+    scores = scores._replace(radius=1.01 * off.float())
+    for epsilon in (0.3, 0.02):
+        nothing = torch.full((GROUPS, 3), -torch.inf)
+        stored = [(held.keys, held.values, ids)]
+        (partial,), read = ops.attend_mass(q, stored, [scores], None, nothing, epsilon, 0.125)
+        _, expected = reference.attend_mass(q, stored, [scores], None, nothing, epsilon, 0.125)
+        assert torch.equal(read.sum(-1), expected.sum(-1))
+        assert 0 < read.sum() < read.numel()
+        out, lse = dense_rows(q, k, v, 0.125, read.unsqueeze(1))
+        assert (1 - (lse - logits.logsumexp(-1)).exp() <= epsilon).all()
+        _close(partial, (out, lse))
 
 
 def test_scores_refuse_a_part(ops):

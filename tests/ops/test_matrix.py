@@ -1,5 +1,6 @@
 """Every shape and dtype that is promised, against float64: dtype x codec x head_dim x query heads per KV head x block
-size x length. By default each pair of values of two of them comes up at least once; all products are slow.
+size x length, and ranks of low-rank parts. By default each pair of values of two of them comes up at least once; all
+products, but of the ranks, are slow.
 
 Whatever the dtype of q, K and V, what is computed from them is float32: the same bounds hold.
 """
@@ -11,7 +12,7 @@ import random
 
 import pytest
 import torch
-from stored import dense_rows, random_store, rows_of
+from stored import dense_rows, random_store, rows_of, with_parts
 
 from pikv_megatron.ops import reference
 
@@ -23,12 +24,13 @@ AXES = {
     "size": (16, 32, 64),
     "length": ((0, 1), (1, 0), (1, 15), (3, 40), (9, 1)),  # blocks, tokens in the window
 }
-GROUPS = 2
+RANKS = ((1, 0), (0, 16), (16, 16), (64, 5), (33, 64))  # of keys and values
+GROUPS, BASES = 2, 3
 
 
-def _pairwise() -> list[tuple]:
+def _pairwise(axes: list[tuple]) -> list[tuple]:
     """Combinations in which every pair of values of two axes comes up, chosen greedily from random ones."""
-    rng, axes = random.Random(1), list(AXES.values())
+    rng = random.Random(1)
     left = {
         (i, j, x, y)
         for i, j in itertools.combinations(range(len(axes)), 2)
@@ -49,16 +51,17 @@ def _pairwise() -> list[tuple]:
     return chosen
 
 
-PAIRWISE = _pairwise()
+PAIRWISE = _pairwise(list(AXES.values()))
+WITH_PARTS = _pairwise([*AXES.values(), RANKS])
 REST = [case for case in itertools.product(*AXES.values()) if case not in set(PAIRWISE)]
 
 
 def _name(case: tuple) -> str:
-    dtype, codec, dim, heads, size, (blocks, raw) = case
-    return f"{str(dtype)[6:]}-{codec}-{dim}-{heads}-{size}-{blocks}+{raw}"
+    dtype, codec, dim, heads, size, (blocks, raw), *ranks = case
+    return "-".join(map(str, (str(dtype)[6:], codec, dim, heads, size, f"{blocks}+{raw}", *sum(ranks, ()))))
 
 
-def _check(ops, case) -> None:
+def _check(ops, case, ranks=(0, 0)) -> None:
     dtype, codec, dim, heads, size, (blocks, raw) = case
     rng = torch.Generator().manual_seed(dim + heads + size)
     held = random_store(blocks + 2, GROUPS, size, dim, dim, codec, seed=size, dtype=dtype)
@@ -74,7 +77,8 @@ def _check(ops, case) -> None:
             for mine, truth in zip(made, reference.quantize_block(x, hi, lo, per_channel=per_channel), strict=True):
                 assert (mine is None and truth is None) or torch.equal(mine, truth)
 
-    parts = []
+    parts, bare = [], held.keys
+    held = with_parts(held, *ranks, BASES)
     if raw:
         parts.append(ops.attend_window(q, window_k, window_v, 1, scale))
     if blocks:
@@ -82,8 +86,12 @@ def _check(ops, case) -> None:
         places = torch.arange(blocks * size).expand(GROUPS, -1).contiguous()
         single = ops.attend_tokens(q, held.keys, held.values, ids[places // size], places % size, scale)
         _close(single, dense_rows(q, *rows_of(held, ids), scale))
-        coarse = ops.score_tokens(q, held.keys, ids, scale).coarse
-        truth = reference.score_tokens(q.double(), held.keys, ids, scale).coarse
+        first = torch.tensor([0, blocks // 2, blocks])
+        both = ops.attend_ragged(torch.stack([q, q]), held.keys, held.values, ids, first, scale)
+        for i, run in enumerate((ids[: first[1]], ids[first[1] :])):
+            _close(ops.Partial(both.out[i], both.lse[i]), dense_rows(q, *rows_of(held, run), scale))
+        coarse = ops.score_tokens(q, bare, ids, scale).coarse
+        truth = reference.score_tokens(q.double(), bare, ids, scale).coarse
         assert (coarse - truth).abs().max() <= 1e-5 * truth.abs().max()
     k, v = rows_of(held, ids)
     k, v = torch.cat([k, window_k.double()], 1), torch.cat([v, window_v.double()], 1)
@@ -92,6 +100,9 @@ def _check(ops, case) -> None:
 
 def _close(partial, expected) -> None:
     out, lse = expected
+    if (lse == -torch.inf).all():  # of no tokens
+        assert (partial.out == 0).all() and (partial.lse == -torch.inf).all()
+        return
     assert (partial.out.double() - out).abs().max() <= 1e-5 * out.abs().max()
     assert ((partial.lse.double() - lse).abs() <= 1e-5 * lse.abs().clamp(min=1)).all()
 
@@ -99,6 +110,22 @@ def _close(partial, expected) -> None:
 @pytest.mark.parametrize("case", PAIRWISE, ids=_name)
 def test_pairs(ops, case):
     _check(ops, case)
+
+
+@pytest.mark.parametrize("case", WITH_PARTS, ids=_name)
+def test_pairs_with_low_rank_parts(ops, case):
+    *case, ranks = case
+    _check(ops, case, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", RANKS, ids=str)
+def test_every_rank_with_all_pairs(ops, ranks):
+    for case in PAIRWISE:
+        try:
+            _check(ops, case, ranks)
+        except AssertionError as error:
+            raise AssertionError(_name(case)) from error
 
 
 @pytest.mark.slow
