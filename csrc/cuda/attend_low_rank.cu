@@ -156,17 +156,16 @@ __global__ void __launch_bounds__(kThreads, ROWS == 1 ? 4 : 3) attend_low_rank_k
     }
     __syncthreads();
 
+    float added[ROWS][kOwned] = {};  // of this chunk: a long sum in float32 loses less in parts
 #pragma unroll
     for (int u = 0; u < kOwned; ++u) {
       const int channel = thread + u * kThreads;
       if (channel >= dim) break;
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) sum[r][u] *= chunk.fades[r];
       for (int t = 0; t < count; ++t) {
         if (chunk.rows[t] == kNotRead) continue;
         const float value = value_at(work.values, chunk.rows[t], channel);
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) sum[r][u] = fmaf(chunk.weights[t][r], value, sum[r][u]);
+        for (int r = 0; r < ROWS; ++r) added[r][u] = fmaf(chunk.weights[t][r], value, added[r][u]);
       }
     }
     for (int lead = 0; lead < count && rank; ++lead) {
@@ -189,11 +188,15 @@ __global__ void __launch_bounds__(kThreads, ROWS == 1 ? 4 : 3) attend_low_rank_k
         for (int64_t j = 0; j < rank && channel < dim; ++j) {
           const float base = from[j * dim + channel];
 #pragma unroll
-          for (int r = 0; r < ROWS; ++r) sum[r][u] = fmaf(factors[r * rank + j], base, sum[r][u]);
+          for (int r = 0; r < ROWS; ++r) added[r][u] = fmaf(factors[r * rank + j], base, added[r][u]);
         }
       }
       __syncthreads();  // the factors have been read
     }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+      for (int u = 0; u < kOwned; ++u) sum[r][u] = fmaf(sum[r][u], chunk.fades[r], added[r][u]);
   }
 
   if (warp < ROWS && lane_id() == 0) chunk.highs[warp] = high, chunk.totals[warp] = total;
