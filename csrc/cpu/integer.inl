@@ -92,10 +92,10 @@ inline __m512i codes_of(__m512i high, __m512i low, int part) {
 }
 
 // Dot products of NR rows with the bare codes of `tokens` rows, a multiple of 16, plus an offset per row: logits [NR,
-// stride].
+// stride]. Inlined into its caller, GCC 12 would keep the sums in memory.
 template <int NR, int Hi, int Lo>
-[[gnu::noinline]] void integer_dots(const IntegerRows& q, const uint8_t* high, const uint8_t* low, int64_t tokens, int64_t dim,
-                  const float* offset, float* logits, int64_t stride, Ahead* ahead) {
+[[gnu::noinline]] void integer_dots(const IntegerRows& q, const uint8_t* high, const uint8_t* low, int64_t tokens,
+                                    int64_t dim, const float* offset, float* logits, int64_t stride, Ahead* ahead) {
   constexpr int parts = 8 / Hi;
   const int64_t bytes = dim / parts;
   if (ahead) ahead->spread_over(tokens / 16 * (bytes / 16) * 4);
@@ -145,8 +145,8 @@ void code_logits(Tile& tile, const Keys& keys, int64_t row, bool high_only, cons
 // out [NR, dim] = out * fade + zero + weights times the bare codes of `tokens` rows, a multiple of four. In every run
 // of 64 channels, out has them in the order of `swap_quads`.
 template <int NR, int Bits>
-void integer_accumulate(const IntegerRows& weights, const uint8_t* codes, int64_t tokens, int64_t dim,
-                        const float* fade, const float* zero, float* out, Ahead* ahead) {
+[[gnu::noinline]] void integer_accumulate(const IntegerRows& weights, const uint8_t* codes, int64_t tokens, int64_t dim,
+                                          const float* fade, const float* zero, float* out, Ahead* ahead) {
   constexpr int parts = 8 / Bits, vectors = 2 / parts;  // of packed codes at a time: two of codes
   const int64_t bytes = dim / parts;
   if (ahead) ahead->spread_over(bytes / 64 * (4 / vectors) * (tokens / 4));
