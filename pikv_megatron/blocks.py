@@ -73,7 +73,9 @@ class BlockPool:
         self._free = list(range(num_blocks))  # a heap: the lowest id is taken first
         self._references = [0] * num_blocks
         self.generation = 0
-        """Grows whenever a block is written or freed: what was read of the pool before may be another block now."""
+        """Grows whenever a block is written, shared or freed, or its request gets another name: what was known of the
+        pool's blocks before may not be so now.
+        """
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -124,6 +126,7 @@ class BlockPool:
 
     def share(self, ids: Iterable[int]) -> None:
         """Counts one more owner of each of these blocks, which all must be allocated. Nobody may write to them then."""
+        self.generation += 1
         for block_id in ids:
             self._references[block_id] += 1
 

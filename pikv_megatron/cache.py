@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pikv_megatron import checks
+from pikv_megatron import checks, labels
 from pikv_megatron import config as configs
 from pikv_megatron.attention import Attended, Attention
-from pikv_megatron.blocks import BlockTable, keeps_tensors
+from pikv_megatron.blocks import keeps_tensors
 from pikv_megatron.compressor import LARGEST, Compressor
 from pikv_megatron.expert_cache import ExpertKVCache
 from pikv_megatron.layout import gather_decoded, group_rows, ungroup
@@ -63,9 +63,7 @@ class PiKVCache:
         layers = range(self.model.num_layers)
         self._windows = [WindowBuffer(self.model, self.runtime, layer_id) for layer_id in layers]
         self._sealer = Sealer(self.model, self.runtime, self.compressor, self.tiers, self._windows, self.streamer)
-        self._table = Requests(
-            self.model, self.runtime, self.compressor, self.tiers, self._windows, self._sealer, self.streamer
-        )
+        self._table = Requests(self.runtime, self.compressor, self.tiers, self._windows, self._sealer, self.streamer)
         self._requests = self._table.live
         self._meter = ReadMeter(self.model, self.runtime)
         self._attention = Attention(self.model, self.runtime, self.compressor, self._meter)
@@ -100,7 +98,7 @@ class PiKVCache:
         self._sealer.make_room(state, tokens)
         state.window.append(k, v)
         state.length += tokens
-        self._inherit_labels(request, state, tokens)
+        labels.inherit(self.model, request.routing, state, tokens)
 
     @keeps_tensors
     def append_each(
@@ -123,7 +121,7 @@ class PiKVCache:
         self._windows[layer_id].append_each([state.window for state in states], k, v)
         for request, state in zip(requests, states, strict=True):
             state.length += 1
-            self._inherit_labels(request, state, 1)
+            labels.inherit(self.model, request.routing, state, 1)
 
     def check_room(self, tokens: Mapping[int, int], layer_ids: Sequence[int] | None = None) -> None:
         """Checks that a step fits: that these numbers of tokens per request can be appended to every layer (or to
@@ -184,7 +182,8 @@ class PiKVCache:
         if checks.check_routing(ids, weights, self.model, self.runtime.torch_device, tokens) != tokens:
             raise ValueError(f"expert_ids: expected experts of all {tokens} tokens, got {ids.shape[0]}")
         self._append(layer_id, k, v, tokens, request_id, start)
-        self._label(self._requests[request_id].layers[layer_id], ids, weights)
+        request = self._requests[request_id]
+        labels.observe(self.model, request.routing, request.layers[layer_id], ids, weights)
 
     @keeps_tensors
     def observe_routing(self, layer_id: int, expert_ids: Tensor, weights: Tensor, request_id: int = 0) -> None:
@@ -195,16 +194,29 @@ class PiKVCache:
 
         Dense layers after an MoE layer inherit its routing for the same tokens.
         """
-        _, state = self._state(layer_id, request_id)
+        request, state = self._state(layer_id, request_id)
         checks.check_has_experts(layer_id, self.model)
         checks.check_routing(expert_ids, weights, self.model, self.runtime.torch_device, state.window.tokens)
-        self._label(state, expert_ids, weights)
+        labels.observe(self.model, request.routing, state, expert_ids, weights)
         self._sealer.seal(state)
 
+    @keeps_tensors
     def observe_each(self, layer_id: int, expert_ids: Tensor, weights: Tensor, request_ids: Sequence[int]) -> None:
-        """`observe_routing` of the newest token of each of several requests: expert_ids, weights [requests, topk]."""
-        for i, request_id in enumerate(request_ids):
-            self.observe_routing(layer_id, expert_ids[i : i + 1], weights[i : i + 1], request_id)
+        """`observe_routing` of the newest token of each of several requests: expert_ids, weights [requests, topk].
+
+        Raises: as `observe_routing`. Nothing has changed then.
+        """
+        checks.check_layer(layer_id, self.model)
+        checks.check_has_experts(layer_id, self.model)
+        requests = self._table.get_each(request_ids, len(request_ids))
+        states = [request.layers[layer_id] for request in requests]
+        unsealed = sum(state.window.tokens > 0 for state in states)
+        tokens = checks.check_routing(expert_ids, weights, self.model, self.runtime.torch_device, unsealed)
+        if tokens != len(states):
+            raise ValueError(f"expert_ids: expected one row for each of {len(states)} requests, got {tokens}")
+        for i, (request, state) in enumerate(zip(requests, states, strict=True)):
+            labels.observe(self.model, request.routing, state, expert_ids[i : i + 1], weights[i : i + 1])
+            self._sealer.seal(state)
 
     # ---- whole requests
 
@@ -344,20 +356,12 @@ class PiKVCache:
     def expert_shard(self, layer_id: int, expert_id: int) -> ExpertKVCache:
         """What the cache holds now for one expert of a layer, over all requests, as a read-only ExpertKVCache.
 
-        It is good until the cache next seals or releases a block; then its methods raise RuntimeError.
+        It is good until the cache next seals, shares or releases a block, or reorders requests; then its methods raise
+        RuntimeError.
         """
         checks.check_layer(layer_id, self.model)
-        checks.check_expert(expert_id, self.model)
-        shard: dict[int, list[BlockTable]] = {}
-        for request_id, request in self._requests.items():
-            for table in request.layers[layer_id].tables:
-                labels = table.pool.label[table.tensor].tolist()
-                mine = [block_id for block_id, label in zip(table.ids, labels, strict=True) if label == expert_id]
-                if mine:
-                    part = BlockTable(table.pool)
-                    part.extend(mine)
-                    shard.setdefault(request_id, []).append(part)
-        return ExpertKVCache.view(self.model, self.runtime, layer_id, expert_id, shard, self.tiers)
+        tables = {request_id: request.layers[layer_id].tables for request_id, request in self._requests.items()}
+        return ExpertKVCache.view(self.model, self.runtime, layer_id, expert_id, tables, self.tiers)
 
     def requests(self) -> list[int]:
         """Ids of the live requests, ascending."""
@@ -383,20 +387,3 @@ class PiKVCache:
         checks.check_layer(layer_id, self.model)
         request = self._table.get(request_id)
         return request, request.layers[layer_id]
-
-    def _label(self, state: LayerState, expert_ids: Tensor, weights: Tensor) -> None:
-        """Labels a layer's newest tokens, and keeps the labels for the dense layers behind it."""
-        state.window.label_newest(expert_ids, weights)
-        if self.model.moe_layers is not None:
-            routing = self._requests[state.request_id].routing
-            routing[state.layer_id] = (state.length, expert_ids.clone(), weights.clone())
-
-    def _inherit_labels(self, request: Request, state: LayerState, tokens: int) -> None:
-        """A dense layer's tokens take the labels of the last MoE layer before it, which has already seen them."""
-        source = self.model.label_source(state.layer_id)
-        if source is None or source == state.layer_id or source not in request.routing:
-            return
-        length, expert_ids, weights = request.routing[source]
-        if length == state.length:
-            count = min(tokens, expert_ids.shape[0])
-            state.window.label_newest(expert_ids[-count:], weights[-count:])

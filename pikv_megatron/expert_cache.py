@@ -6,6 +6,8 @@ of what the cache holds for an expert at that moment.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -65,9 +67,21 @@ class ExpertKVCache:
         tables: dict[int, list[BlockTable]],
         pools: list[BlockPool],
     ) -> ExpertKVCache:
-        """A read-only shard over blocks that others hold in `pools`, one list of tables per request."""
+        """A read-only shard over those of others' blocks that have this expert's label.
+
+        Args:
+            tables: all blocks of the layer, a list of tables per request; each table's pool is one of `pools`.
+        """
         shard = cls(model, runtime, layer_id, expert_id)
-        shard._tables, shard._view = tables, True
+        shard._view = True
+        for request_id, theirs in tables.items():
+            for table in theirs:
+                labels = table.pool.label[table.tensor].tolist()
+                mine = [block_id for block_id, label in zip(table.ids, labels, strict=True) if label == expert_id]
+                if mine:
+                    part = BlockTable(table.pool)
+                    part.extend(mine)
+                    shard._tables.setdefault(request_id, []).append(part)
         shard._seen = {pool: pool.generation for pool in pools}
         return shard
 
@@ -88,8 +102,9 @@ class ExpertKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all blocks here, from their storage."""
-        return sum(len(table) * table.pool.block_bytes for tables in self._current().values() for table in tables)
+        """Bytes of all blocks here, from their storage; one that several requests share counts once."""
+        blocks = {(t.pool, block_id) for tables in self._current().values() for t in tables for block_id in t.ids}
+        return sum(count * pool.block_bytes for pool, count in Counter(pool for pool, _ in blocks).items())
 
     @keeps_tensors
     def put(self, request_id: int, start: int, k: Tensor, v: Tensor) -> None:
@@ -176,8 +191,8 @@ class ExpertKVCache:
         """The tables of each request. Raises RuntimeError where this is a view of what is gone."""
         if any(pool.generation != seen for pool, seen in self._seen.items()):
             raise RuntimeError(
-                f"this view of layer {self.layer_id}, expert {self.expert_id} is out of date: its cache has sealed or "
-                "released blocks since; take a new one with expert_shard"
+                f"this view of layer {self.layer_id}, expert {self.expert_id} is out of date: its cache has sealed, "
+                "shared or released blocks or reordered requests since; take a new one with expert_shard"
             )
         return self._tables
 

@@ -68,11 +68,9 @@ def cache_stats(
     """
     report: dict[str, Any] = {"requests": requests, "tiers": {}}
     for tier, pool in enumerate(tiers):
-        tables = [state.tables[tier] for state in states]
-        owners = torch.zeros(placement.num_ranks, dtype=torch.int64)
-        for table in tables:
-            owner = placement.owner(pool.label[table.tensor], pool.start[table.tensor]).cpu()
-            owners += torch.bincount(owner, minlength=placement.num_ranks)
+        held = {block_id for state in states for block_id in state.tables[tier].ids}  # one that is shared is one
+        ids = torch.tensor(sorted(held), dtype=torch.int64, device=pool.device)
+        owners = torch.bincount(placement.owner(pool.label[ids], pool.start[ids]), minlength=placement.num_ranks)
         report["tiers"][pool.kind] = {
             "blocks_used": pool.used_blocks,
             "blocks_shared": pool.shared_blocks,

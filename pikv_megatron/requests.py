@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from pikv_megatron import checks
 from pikv_megatron.blocks import BlockPool, BlockTable, PoolFullError
 from pikv_megatron.compressor import Compressor
-from pikv_megatron.config import ModelConfig, RuntimeConfig
+from pikv_megatron.config import RuntimeConfig
+from pikv_megatron.labels import Routing
 from pikv_megatron.layout import gather_decoded
 from pikv_megatron.sealing import LayerState, Sealer
 from pikv_megatron.streamer import Streamer
@@ -24,8 +24,7 @@ class Request:
 
     slot: int
     layers: list[LayerState]
-    routing: dict[int, tuple[int, Tensor, Tensor]] = field(default_factory=dict)
-    """Per MoE layer: length when it was observed, expert_ids and weights of the newest tokens then."""
+    routing: Routing = field(default_factory=dict)
 
 
 class Requests:
@@ -33,7 +32,6 @@ class Requests:
 
     def __init__(
         self,
-        model: ModelConfig,
         runtime: RuntimeConfig,
         compressor: Compressor,
         tiers: list[BlockPool],
@@ -41,7 +39,7 @@ class Requests:
         sealer: Sealer,
         streamer: Streamer,
     ) -> None:
-        self._model, self._runtime, self._compressor = model, runtime, compressor
+        self._runtime, self._compressor = runtime, compressor
         self._tiers, self._windows, self._sealer, self._streamer = tiers, windows, sealer, streamer
         self.live: dict[int, Request] = {}
         self._free_slots = list(range(runtime.max_requests))
@@ -126,6 +124,8 @@ class Requests:
         requests = dict(zip(request_ids, self.get_each(request_ids, len(request_ids)), strict=True))
         if len(sources) != len(request_ids) or not requests.keys() >= set(sources):
             raise ValueError(f"sources: expected one of {list(request_ids)} for each of them, got {list(sources)}")
+        for source in sources:
+            checks.check_request_id(source)
         goes_to = {source: [t for t, s in zip(request_ids, sources, strict=True) if s == source] for source in sources}
         unused = [requests[r] for r in request_ids if r not in goes_to]
         for tier, pool in enumerate(self._tiers):
@@ -145,6 +145,8 @@ class Requests:
             for target in targets:
                 if target not in self.live:
                     self._copy(requests[source], target)
+        for pool in self._tiers:
+            pool.generation += 1
         self._streamer.reordered(request_ids, sources)
 
     def _copied_blocks(self, request: Request, tier: int) -> int:

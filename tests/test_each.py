@@ -90,6 +90,30 @@ def test_what_does_not_fit_changes_nothing():
     _refuses(cache, lambda: cache.attend_each(1, q, (7, 5, 1)), ValueError, "request 1, layer 1 has 0 tokens")
 
 
+@pytest.mark.parametrize(
+    ("requests", "rows", "error", "message"),
+    [
+        ((7, 2, 9), 3, KeyError, "request 9 does not exist"),
+        ((7, 2, 7), 3, ValueError, r"expected 3 different ones"),
+        (REQUESTS, 2, ValueError, "expected one row for each of 3 requests, got 2"),
+        (REQUESTS, 4, ValueError, "at most the 3 tokens that are not sealed yet, got 4"),
+        ((7, 2, 1), 3, ValueError, "at most the 2 tokens that are not sealed yet, got 3"),
+    ],
+)
+def test_routing_that_does_not_fit_labels_no_request(requests, rows, error, message):
+    cache, rng = _filled("sparse", "none"), generator(2)
+    k, v = random_kv(cache.model, 3, rng)
+    cache.append_each(0, k, v, REQUESTS)
+    cache.release(5)
+    cache.append(0, k, v, 5)
+    if 1 in requests:
+        cache.release(5)
+        cache.append(1, k, v, 1)  # has none in layer 0
+    routing = random_routing(cache.model, rows, rng)
+    _refuses(cache, lambda: cache.observe_each(0, *routing, requests), error, message)
+    _refuses(cache, lambda: cache.observe_each(2, *routing, requests), IndexError, "layer_id")
+
+
 def test_a_full_pool_gives_no_request_its_token():
     block = _filled("sparse", "none").tiers[0].block_bytes
     cache = PiKVCache(model_config(), runtime_config(tiers=[{"kind": "device", "bytes": 3 * block}]))

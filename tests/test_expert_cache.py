@@ -192,6 +192,31 @@ def test_a_view_counts_its_blocks_bytes(codec):
     assert total == cache.stats()["tiers"]["device"]["bytes_held"] > 0
 
 
+def test_blocks_that_requests_share_are_counted_once():
+    cache, _ = _filled("none")
+    before = cache.stats()["tiers"]["device"]
+    cache.fork(5, 50)
+    after = cache.stats()["tiers"]["device"]
+    assert after["blocks_by_owner"] == before["blocks_by_owner"] == [before["blocks_used"]]
+    total = sum(cache.expert_shard(layer, expert).nbytes for layer in range(2) for expert in range(4))
+    assert total == after["bytes_held"] == before["bytes_held"]
+
+
+def test_a_view_ends_when_its_requests_change_places():
+    """No block is written or freed, but it is another request's."""
+    cache, _ = _filled("none")
+    views = [cache.expert_shard(0, expert) for expert in range(4)]
+    one, other = cache.requests()[:2]
+    cache.reorder([one, other], [other, one])
+    for view in views:
+        with pytest.raises(RuntimeError, match="out of date"):
+            view.requests()
+    view = next(v for v in (cache.expert_shard(0, e) for e in range(4)) if one in v.requests())
+    cache.fork(one, 77)
+    with pytest.raises(RuntimeError, match="out of date"):
+        view.requests()
+
+
 def test_a_view_is_read_only():
     cache, rng = _filled("none")
     shard = next(s for s in (cache.expert_shard(0, e) for e in range(4)) if s.requests())
