@@ -10,7 +10,7 @@ sealed.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,10 +129,18 @@ class LayerWindow:
     """One request's raw tokens in one layer. `tokens` counts them, waiting ones included."""
 
     def __init__(self, buffer: WindowBuffer, slot: int) -> None:
-        self.index, self._slot = slot, buffer.slot(slot)
+        self.index, self._buffer, self._slot = slot, buffer, buffer.slot(slot)
         self._capacity, self._sinks = buffer.capacity, buffer.sinks
         self._in_buffer = 0
         self._waiting: RawTokens | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the views of the buffer: pickle would make memory of their own of them."""
+        return {name: value for name, value in vars(self).items() if name != "_slot"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._slot = self._buffer.slot(self.index)
 
     @property
     def topk(self) -> int:

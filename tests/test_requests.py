@@ -4,6 +4,8 @@ what it would be had it been alone, and no block is lost.
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 from typing import Any
 
@@ -201,6 +203,36 @@ def test_a_fork_shares_blocks_and_its_bytes_are_counted_once():
     assert cache.length(0, 7) == 40
 
 
+@pytest.mark.parametrize("restore", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@pytest.mark.parametrize("changes", BUDGETS[1:])
+def test_a_cache_that_was_saved_goes_on_as_it_was(changes, restore):
+    """With shared blocks, and a chunk that waits; what was restored and what was saved share no memory."""
+    alone = _filled((0, 1), **changes)
+    alone.fork(0, 2)
+    alone.cache.append(0, *random_kv(alone.cache.model, 20, generator(1)), 1)
+    saved = snapshot(alone.cache)
+    others = [restore(alone.cache), restore(alone.cache)]
+    for cache in others:
+        assert snapshot(cache) == saved
+        cache.release(1)
+        for seed in range(8):
+            rng = generator(seed)
+            for layer in range(3):
+                cache.append_each(layer, *random_kv(cache.model, 2, rng), [0, 2])
+                cache.attend_each(layer, random_q(cache.model, 2, rng), [0, 2])
+                cache.observe_each(layer, *random_routing(cache.model, 2, rng), [0, 2])
+        assert snapshot(alone.cache) == saved
+    assert snapshot(others[0]) == snapshot(others[1]) != saved
+    newest, _ = random_kv(_model(), 2, generator(7))
+    for row, request in enumerate((0, 2)):
+        assert torch.equal(others[0].retrieve(0, request).k[-1], newest[row])
+        for layer in range(3):
+            q = random_q(_model(), 1, generator())
+            expected = attend_retrieved(others[0], layer, q, request)
+            for got, wanted in zip(others[0].attend(layer, q, request), expected, strict=True):
+                torch.testing.assert_close(got.double(), wanted, rtol=CLOSE, atol=CLOSE)
+
+
 def test_reordering_to_the_same_moves_nothing():
     cache = _filled((0, 1, 2)).cache
     before = snapshot(cache)
@@ -302,6 +334,7 @@ def test_a_query_beyond_a_sliding_layers_reach_is_refused():
         (lambda c: c.reorder([0, 0], [0, 0]), ValueError, ("request_ids", "[0, 0]")),
         (lambda c: c.reorder([0], [5]), ValueError, ("sources", "[0]", "[5]")),
         (lambda c: c.reorder([0], [0, 0]), ValueError, ("sources", "[0, 0]")),
+        (lambda c: c.reorder([0], [False]), TypeError, ("request_id", "False")),
         (lambda c: c.reorder([0, 5], [0, 0]), UnknownRequestError, ("request 5",)),
         (lambda c: c.crop(0, 0), ValueError, ("length", "1 .. 40", "0")),
         (lambda c: c.crop(0, 41), ValueError, ("length", "1 .. 40", "41")),
