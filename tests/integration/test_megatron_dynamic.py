@@ -199,13 +199,19 @@ def test_routing_is_observed_per_request_and_padding_is_not(models, monkeypatch)
     config, _, hooked = models
     context = context_of(config)
     seen = []
-    observe = context.cache.observe_routing
+    observe, observe_each = context.cache.observe_routing, context.cache.observe_each
 
     def spy(layer_id, expert_ids, weights, request_id):
         seen.append((layer_id, request_id, expert_ids.shape[0]))
         observe(layer_id, expert_ids, weights, request_id)
 
+    def spy_each(layer_id, expert_ids, weights, request_ids):
+        assert len(expert_ids) == len(request_ids)
+        seen.extend((layer_id, request_id, 1) for request_id in request_ids)
+        observe_each(layer_id, expert_ids, weights, request_ids)
+
     monkeypatch.setattr(context.cache, "observe_routing", spy)
+    monkeypatch.setattr(context.cache, "observe_each", spy_each)
     greedy_dynamic(hooked, context, prompts_of(5, 33), [2, 2], 2)
     per_step = [[(0, 5), (1, 33)], [(0, 1), (1, 1)]]
     expected = [(layer, *request) for step in per_step for layer in range(3) for request in step]
