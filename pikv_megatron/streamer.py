@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Streamer:
-    """A streamer that is off: it keeps nothing."""
+    """A streamer that is off: it keeps nothing. One that keeps something must not raise: what it hears has happened."""
 
     def sealed(
         self, request_id: int, layer_id: int, start: int, encode: Callable[[], Mapping[str, Tensor]], label: Tensor
