@@ -247,6 +247,9 @@ def test_reordering_keeps_the_memory_of_who_goes_on():
     ids = {r: [s.tables[0].ids for s in cache._requests[r].layers] for r in (0, 1, 2)}
     assert ids == {0: tables[1], 1: tables[1], 2: tables[0]}
     assert ids[2][0] is tables[0][0]  # moved
+    mine = cache._requests[1]
+    cache.reorder([0, 1, 2], [1, 1, 1])
+    assert cache._requests[1] is mine  # who is its own source stays where it is
     assert cache.stats()["tiers"]["device"]["blocks_shared"] == sum(map(len, tables[1]))
 
 

@@ -109,3 +109,45 @@ def test_a_step_with_too_many_requests(live, new):
     cache.check_room(dict.fromkeys([*live, *new][:2], 1))
     parts = "max_requests", f"{len(live)} of 2", f"no room for request {', '.join(map(str, new))}"
     refuses(cache, lambda: cache.check_room(dict.fromkeys([*live, *new], 1)), PoolFullError, *parts)
+
+
+def _refused(cache, call, message) -> None:
+    before = snapshot(cache)
+    with pytest.raises(PoolFullError, match=message):
+        call()
+    assert snapshot(cache) == before
+
+
+def test_copies_under_a_budget():
+    """It writes to blocks, so forks copy them. What a reorder frees may be used by what it copies, and no more."""
+    block = PiKVCache(model_config(), _demoting()).tiers[1].block_bytes
+    cache, rng = PiKVCache(model_config(), _demoting(5 * block)), generator(8)
+    for request in (0, 1):  # 2 blocks each on the device, 2 on the host
+        cache.append(0, *random_kv(cache.model, 27, rng), request)
+        cache.observe_routing(0, *random_routing(cache.model, 27, rng), request)
+    _refused(cache, lambda: cache.fork(0, 2), "fork of request 0: needs 2 blocks .* host tier, 1 of 5 are free")
+    cache.reorder([0, 1], [0, 0])
+    assert cache.tiers[1].free_blocks == 1
+    cache.append(0, *random_kv(cache.model, 4, rng), request_id=1)  # and a third one on the host
+    _refused(cache, lambda: cache.reorder([0, 1], [1, 1]), r"reorder of requests \[0, 1\]: needs 1 blocks .* 0 of 5")
+    cache.reorder([0, 1], [0, 0])
+    for request in (0, 1):
+        assert cache.length(0, request) == len(cache.retrieve(0, request).positions) == 27
+        cache.release(request)
+    assert_pools_free(cache)
+
+
+def test_copies_of_what_waits_to_be_sealed():
+    """Without a budget sealed blocks are shared; what is not sealed yet has blocks reserved, and so has its copy."""
+    block = PiKVCache(model_config(), runtime_config()).tiers[0].block_bytes
+    cache, rng = PiKVCache(model_config(), runtime_config(tiers=[{"kind": "device", "bytes": 6 * block}])), generator(9)
+    cache.append(0, *random_kv(cache.model, 20, rng))
+    cache.fork(0, 1)
+    _refused(cache, lambda: cache.fork(0, 2), "fork of request 0: needs 3 blocks .* 0 of 6 are free")
+    cache.observe_routing(0, *random_routing(cache.model, 20, rng))
+    cache.fork(0, 2)
+    for sources in ([0, 1, 1], [1, 1, 1]):  # of 2 alone nothing is freed, of 0 and 2 together their three
+        _refused(cache, lambda s=sources: cache.reorder([0, 1, 2], s), "needs 3 blocks .* 0 of 6 are free")
+    for request in (0, 2, 1):
+        cache.release(request)
+    assert_pools_free(cache)
