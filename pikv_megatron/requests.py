@@ -195,7 +195,7 @@ class Requests:
         for state in request.layers:
             if length < state.length:
                 self._crop_layer(state, length)
-        request.routing = {i: seen for i, seen in request.routing.items() if seen[0] <= length}
+        request.routing.clear()  # no layer has tokens to come that were observed already
         self._streamer.cropped(request_id, length)
 
     def _crop_layer(self, state: LayerState, length: int) -> None:

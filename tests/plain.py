@@ -182,7 +182,7 @@ class PlainRequest:
             if length < layer.end:
                 layer.end = self._reopen(layer, max(length, layer.sinks))
             layer.length = length
-        self.observed = {i: seen for i, seen in self.observed.items() if seen[0] <= length}
+        self.observed = {i: seen for i, seen in self.observed.items() if seen[0] < length}
 
     def _reopen(self, layer: Layer, end: int) -> int:
         """A block that is cut becomes raw tokens again, which vote for its label."""

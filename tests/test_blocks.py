@@ -82,6 +82,14 @@ def test_a_block_that_is_not_taken_cannot_be_freed(wrong):
     assert pool.free_blocks == 8
 
 
+def test_no_block_is_counted_from_the_end():
+    pool = _pool(3)
+    pool.allocate(3)
+    with pytest.raises(ValueError, match="block -1 "):
+        pool.free([-1])
+    assert pool.free_blocks == 0
+
+
 def test_what_is_written_is_what_is_there():
     pool = _pool()
     encoded, start, label, importance = _contents(3)

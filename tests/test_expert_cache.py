@@ -6,7 +6,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense import CODECS, dense_attention, generator, model_config, random_kv, random_q, runtime_config, step
+from dense import (
+    CODECS,
+    dense_attention,
+    generator,
+    model_config,
+    random_kv,
+    random_q,
+    random_routing,
+    runtime_config,
+    step,
+)
 
 from pikv_megatron import ExpertKVCache, PiKVCache, ops
 from pikv_megatron.blocks import PoolFullError
@@ -202,19 +212,30 @@ def test_blocks_that_requests_share_are_counted_once():
     assert total == after["bytes_held"] == before["bytes_held"]
 
 
-def test_a_view_ends_when_its_requests_change_places():
-    """No block is written or freed, but it is another request's."""
-    cache, _ = _filled("none")
+DEMOTE = {"budget": {"policy": "uniform", "first_layer_tokens": 16}, "tiers": [{"kind": "device"}, {"kind": "host"}]}
+CHANGES = {
+    "seal": lambda c: [c.append(0, *random_kv(c.model, n, generator(n)), 5) for n in (4, 1)],
+    "fork": lambda c: c.fork(5, 50),
+    "reorder": lambda c: c.reorder([5, 2], [2, 5]),
+    "crop": lambda c: c.crop(5, 12),
+    "release": lambda c: c.release(2),
+}
+
+
+@pytest.mark.parametrize("changes", [{}, DEMOTE], ids=["shared", "copied"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_view_ends_with_every_change_of_what_is_held_and_by_whom(name, changes):
+    cache, rng = PiKVCache(model_config(), runtime_config(**changes)), generator(5)
+    for request, tokens in ((5, 30), (2, 21)):
+        for layer in range(2):
+            cache.append(layer, *random_kv(cache.model, tokens, rng), request)
+            cache.observe_routing(layer, *random_routing(cache.model, tokens, rng), request)
     views = [cache.expert_shard(0, expert) for expert in range(4)]
-    one, other = cache.requests()[:2]
-    cache.reorder([one, other], [other, one])
+    assert sorted({r for view in views for r in view.requests()}) == [2, 5]
+    CHANGES[name](cache)
     for view in views:
         with pytest.raises(RuntimeError, match="out of date"):
             view.requests()
-    view = next(v for v in (cache.expert_shard(0, e) for e in range(4)) if one in v.requests())
-    cache.fork(one, 77)
-    with pytest.raises(RuntimeError, match="out of date"):
-        view.requests()
 
 
 def test_a_view_is_read_only():

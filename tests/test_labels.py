@@ -145,6 +145,46 @@ def test_another_requests_routing_is_not_inherited():
     assert set(_labels(cache, 1, 1)) == {1}
 
 
+@pytest.mark.parametrize("reorder", [False, True])
+def test_routing_goes_with_the_tokens(reorder):
+    """In the midst of a forward: the MoE layer has been observed, the dense one is to come."""
+    cache, rng = PiKVCache(model_config(num_layers=2, moe_layers=[0]), runtime_config()), generator(4)
+    for request_id, expert in ((0, 3), (1, 2)):
+        cache.append(0, *random_kv(cache.model, 20, rng), request_id)
+        cache.observe_routing(0, torch.full((20, 2), expert), torch.ones(20, 2), request_id)
+    if reorder:
+        cache.reorder([0, 1], [1, 1])
+    else:
+        cache.fork(0, 7)
+    for request_id in cache.requests():
+        cache.append(1, *random_kv(cache.model, 20, rng), request_id)
+        cache.attend(1, random_q(cache.model, 1, rng), request_id)
+        assert set(_labels(cache, 1, request_id)) == {2 if reorder or request_id == 1 else 3}
+
+
+def test_a_copys_labels_are_its_own():
+    """Of a chunk that waits to be sealed, too."""
+    cache, rng = PiKVCache(model_config(num_layers=1), runtime_config()), generator(4)
+    cache.append(0, *random_kv(cache.model, 40, rng))
+    cache.fork(0, 1)
+    cache.observe_routing(0, *random_routing(cache.model, 40, rng), 0)
+    assert not cache._requests[1].layers[0].window.read().weights.any()
+
+
+def test_routing_of_tokens_that_were_taken_back_is_not_inherited():
+    cache, rng = PiKVCache(model_config(num_layers=2, moe_layers=[0]), runtime_config()), generator(4)
+    for layer in range(2):
+        cache.append(layer, *random_kv(cache.model, 20, rng))
+        if layer == 0:
+            cache.observe_routing(0, torch.full((20, 2), 3), torch.ones(20, 2))
+    cache.crop(0, 18)
+    for layer in range(2):  # two others, whose routing nobody tells
+        cache.append(layer, *random_kv(cache.model, 2, rng))
+    weights = cache._requests[0].layers[1].window.read().weights
+    assert not weights[-2:].any()
+    assert weights[-4:-2].all()
+
+
 @pytest.mark.parametrize("model", [{"num_experts": 0}, {}, {"moe_layers": [1]}])
 @pytest.mark.parametrize("attend", [True, False])
 def test_without_routing_the_label_is_zero(model, attend):

@@ -235,7 +235,7 @@ class Both:
         longest, least = min(layer.length for layer in plain.layers), plain.shortest_crop()
         assert self.cache.shortest_crop(request) == least
         anywhere, sinks = self.chance.randint(0, longest + 1), self.cache.runtime.sinks
-        length = self.chance.choice([longest - self.count(), anywhere, anywhere, least, sinks + 1])
+        length = self.chance.choice([longest - self.count(), anywhere, anywhere, longest, least, sinks + 1])
         if not least <= length <= longest:
             before = snapshot(self.cache)
             with pytest.raises(ValueError, match=f"length: expected {least} .. {longest} for request {request}"):

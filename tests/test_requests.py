@@ -216,8 +216,13 @@ def test_each_of_several_requests_in_sliding_layers(mode):
 
 def test_a_query_beyond_a_sliding_layers_reach_is_refused():
     cache = _filled(tokens=40, windows=[4, 4, 4]).cache
-    q = random_q(cache.model, 20, generator())
-    refuses(cache, lambda: cache.attend(0, q), ValueError, "q", "layer 0", "20 queries", "sliding window has forgotten")
+    state, q = cache._requests[0].layers[0], random_q(cache.model, 20, generator())
+    reach = state.length - state.sealed_end - 4 + 1  # of so many queries the first sees the oldest token that is held
+    for wanted, got in zip(attend_retrieved(cache, 0, q[:reach]), cache.attend(0, q[:reach]), strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=CLOSE, atol=CLOSE)
+    for count in (reach + 1, 20):
+        beyond, parts = copy.deepcopy(cache), ("q", "layer 0", f"{count} queries", "sliding window has forgotten")
+        refuses(beyond, lambda c=beyond, n=count: c.attend(0, q[:n]), ValueError, *parts)
 
 
 @pytest.mark.parametrize(
@@ -274,3 +279,10 @@ def test_budgets_are_shared_by_the_layers_that_have_blocks():
     assert [more[0], more[2]] == few
     assert more[1] == 0
     assert both[0].tiers[0].num_blocks == both[1].tiers[0].num_blocks
+    assert ["importance" in window.tensors for window in both[1]._windows] == [True, False, True]
+
+
+def test_memory_is_taken_for_the_layers_that_have_blocks():
+    both = [PiKVCache(_model(windows), runtime_config()) for windows in (None, [None, 9, None])]
+    assert [cache.tiers[0].num_blocks for cache in both] == [3 * 512 // 4, 2 * 512 // 4]
+    assert both[0].capacity_tokens == both[1].capacity_tokens == 512

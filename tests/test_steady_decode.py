@@ -118,6 +118,18 @@ def test_nothing_in_a_step_needs_a_number_from_the_device(name, monkeypatch):
             wait()
 
 
+@pytest.mark.parametrize("window", [1, 6])
+def test_positions_are_looked_at_only_where_queries_are_sealed(window, monkeypatch):
+    """Prompts and steps of a host that asks in time need no mask by position, however short the window is; and a
+    selective read stays one.
+    """
+    cache, rng = PiKVCache(model_config(), runtime_config(window=window, attention=TOP_K)), generator(1)
+    monkeypatch.setattr(cache._attention, "_attend_by_position", None)
+    for tokens in (1, 30, *[1] * 20):
+        step(cache, *random_kv(cache.model, tokens, rng), rng)
+    assert cache.stats()["reads"]["selective_reads"] == 2 * 20
+
+
 # ---- bytes
 
 
