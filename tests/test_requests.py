@@ -165,6 +165,16 @@ def test_a_cut_request_goes_on_as_if_it_had_never_been_longer(length):
             assert torch.equal(ours, theirs)
 
 
+def test_a_crop_that_takes_nothing_changes_nothing():
+    """A chunk that waits for its routing goes on waiting."""
+    cache = PiKVCache(_model(), runtime_config())
+    for layer in range(3):
+        cache.append(layer, *random_kv(cache.model, 40, generator()))
+    before = snapshot(cache)
+    cache.crop(0, 40)
+    assert snapshot(cache) == before
+
+
 def test_cutting_an_int8_block_keeps_what_it_decodes_to():
     cache = _filled(codec="int8").cache
     before = [cache.retrieve(layer) for layer in range(3)]
