@@ -114,6 +114,12 @@ def test_routing_that_does_not_fit_labels_no_request(requests, rows, error, mess
     _refuses(cache, lambda: cache.observe_each(2, *routing, requests), IndexError, "layer_id")
 
 
+def test_a_layer_without_experts_has_no_routing():
+    cache, rng = _filled("dense layers too", "none"), generator(2)
+    routing = random_routing(cache.model, 3, rng)
+    _refuses(cache, lambda: cache.observe_each(1, *routing, REQUESTS), ValueError, "layer 1 has no experts")
+
+
 def test_a_full_pool_gives_no_request_its_token():
     block = _filled("sparse", "none").tiers[0].block_bytes
     cache = PiKVCache(model_config(), runtime_config(tiers=[{"kind": "device", "bytes": 3 * block}]))

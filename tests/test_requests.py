@@ -125,6 +125,11 @@ def test_a_cache_that_was_saved_goes_on_as_it_was(changes, restore):
                 torch.testing.assert_close(got.double(), wanted, rtol=CLOSE, atol=CLOSE)
 
 
+def test_a_pickled_cache_has_no_memory_twice():
+    cache = _filled((0, 1, 2)).cache
+    assert len(pickle.dumps(cache)) < cache.stats()["bytes_allocated"] + 40_000
+
+
 def test_reordering_to_the_same_moves_nothing():
     cache = _filled((0, 1, 2)).cache
     before = snapshot(cache)
