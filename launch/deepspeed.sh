@@ -7,22 +7,40 @@
 #   PYTHON           interpreter                                    python3
 #   NPROC_PER_NODE   ranks per node                                 2
 #   HOSTFILE         DeepSpeed's, for several nodes by ssh          not set: this node alone
-#   MASTER_ADDR      of node 0 (or DeepSpeed asks it by ssh)        127.0.0.1
+#   MASTER_ADDR      of node 0                                      127.0.0.1; with HOSTFILE DeepSpeed asks by ssh
 #   MASTER_PORT      free on node 0                                 29500
-#   BIND_CORES       1: DeepSpeed binds by numactl                  0: as PIKV_BIND says
+#   BIND_CORES       1: DeepSpeed binds, and needs numactl          0: as PIKV_BIND says
 #   PIKV_BIND        auto: each rank its share of the CPUs; off     auto
 #   DS_ACCELERATOR   cpu, cuda                                      DeepSpeed's own choice
 set -euo pipefail
 
-: "${PYTHON:=python3}" "${NPROC_PER_NODE:=2}" "${MASTER_ADDR:=127.0.0.1}" "${MASTER_PORT:=29500}" "${BIND_CORES:=0}"
-options=(--master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
+: "${PYTHON:=python3}" "${NPROC_PER_NODE:=2}" "${MASTER_PORT:=29500}" "${BIND_CORES:=0}"
+refuse() {
+  echo "$1" >&2
+  exit 2
+}
+if [[ ! $NPROC_PER_NODE =~ ^[1-9][0-9]*$ ]]; then
+  refuse "NPROC_PER_NODE: expected a whole number of at least 1, got '$NPROC_PER_NODE'"
+fi
+options=(--master_port "$MASTER_PORT")
 if [[ -n ${HOSTFILE:-} ]]; then
+  # DeepSpeed would go on with this node alone.
+  [[ -f $HOSTFILE ]] || refuse "HOSTFILE: expected DeepSpeed's list of hosts, there is no file '$HOSTFILE'"
   options+=(--hostfile "$HOSTFILE" --num_gpus "$NPROC_PER_NODE")
 else
+  : "${MASTER_ADDR:=127.0.0.1}"
   options+=(--num_accelerators "$NPROC_PER_NODE")
 fi
-if [[ $BIND_CORES == 1 ]]; then
-  options+=(--bind_cores_to_rank)
+if [[ -n ${MASTER_ADDR:-} ]]; then
+  options+=(--master_addr "$MASTER_ADDR")
 fi
+case $BIND_CORES in
+  0) ;;
+  1)
+    command -v numactl >/dev/null || refuse "BIND_CORES: expected 0 where numactl is not installed, got 1"
+    options+=(--bind_cores_to_rank)
+    ;;
+  *) refuse "BIND_CORES: expected 0 or 1, got '$BIND_CORES'" ;;
+esac
 
 exec "$PYTHON" -m deepspeed.launcher.runner "${options[@]}" --no_local_rank --module pikv_megatron "$@"

@@ -16,6 +16,10 @@
 set -euo pipefail
 
 : "${PYTHON:=python3}" "${MPIRUN:=mpirun}" "${NP:=2}" "${MPIRUN_ARGS:=}"
-read -r -a options <<<"$MPIRUN_ARGS"
+if [[ ! $NP =~ ^[1-9][0-9]*$ ]]; then
+  echo "NP: expected a whole number of at least 1, got '$NP'" >&2
+  exit 2
+fi
+read -r -d '' -a options <<<"$MPIRUN_ARGS" || true # the end of the text, in place of a last delimiter
 
 exec "$MPIRUN" -n "$NP" "${options[@]}" "$PYTHON" -m pikv_megatron "$@"
