@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
@@ -26,25 +27,28 @@ def bind(launch: Launch) -> tuple[int, ...]:
 
     Ranks of a node that all may use the same CPUs were bound by nobody: they share them out. Where their sets differ
     the launcher has bound them, and they stay. torch uses as many threads as there are CPUs, or OMP_NUM_THREADS where
-    that is less. PIKV_BIND=off leaves CPUs and threads as they are, of every rank.
+    that is less. PIKV_BIND=off on one rank leaves CPUs and threads as they are on all.
 
     Raises:
         LaunchError: PIKV_BIND is neither auto nor off.
     """
     allowed = os.sched_getaffinity(0)
-    if not wanted() or launch.world_size == 1:
+    wants = wanted()
+    if launch.world_size == 1:
         return tuple(sorted(allowed))
-    everyone: list[tuple[int, frozenset[int]]] = [(0, frozenset())] * launch.world_size
-    dist.all_gather_object(everyone, (launch.node_rank, frozenset(allowed)))
-    neighbours = [cpus for node, cpus in everyone if node == launch.node_rank]
+    everyone: list[tuple[bool, int, frozenset[int]]] = [(False, 0, frozenset())] * launch.world_size
+    dist.all_gather_object(everyone, (wants, launch.node_rank, frozenset(allowed)))
+    if not all(wants for wants, _, _ in everyone):
+        return tuple(sorted(allowed))
+    neighbours = [cpus for _, node, cpus in everyone if node == launch.node_rank]
     cpus = choose(launch.local_rank, neighbours, allowed)
     if set(cpus) != allowed:
         for thread in os.listdir("/proc/self/task"):  # those that exist already do not follow the main one
             with contextlib.suppress(ProcessLookupError):
                 os.sched_setaffinity(int(thread), cpus)
     threads = len(cpus) if len(neighbours) <= len(allowed) else 1
-    limit = os.environ.get("OMP_NUM_THREADS", "")
-    torch.set_num_threads(min(threads, int(limit)) if limit.isdigit() and int(limit) else threads)
+    limit = re.match(r"[1-9][0-9]*", os.environ.get("OMP_NUM_THREADS", ""))  # OpenMP's may be a list: the first counts
+    torch.set_num_threads(min(threads, int(limit[0])) if limit else threads)
     logger.info("rank %d runs on CPUs %s with %d threads", launch.rank, cpus, torch.get_num_threads())
     return cpus
 

@@ -27,8 +27,8 @@ def init_process_group() -> Launch:
     LOCAL_SIZE, MASTER_ADDR and MASTER_PORT are set in the environment, for hosts that read them there.
 
     Raises:
-        LaunchError: the launcher's variables are incomplete or contradict each other, or the address of rank 0 cannot
-            be found; the message names them.
+        LaunchError: the launcher's variables are incomplete or contradict each other, the address of rank 0 cannot be
+            found or used, or there are fewer CUDA devices than local ranks; the message names them.
     """
     launch = read_launch(os.environ)
     if dist.is_initialized():
@@ -41,14 +41,31 @@ def init_process_group() -> Launch:
     launch = launch_address.complete(launch)
     _export(launch)
     if torch.cuda.is_available():
-        torch.cuda.set_device(launch.local_rank)
+        torch.cuda.set_device(_device(launch))
     elif launch_address.is_local(launch) and any(name == "lo" for _, name in socket.if_nameindex()):
         os.environ.setdefault(
             "GLOO_SOCKET_IFNAME", "lo"
         )  # gloo would look the machine's name up, which may not resolve
-    dist.init_process_group(backend)
+    try:
+        dist.init_process_group(backend)
+    except dist.DistNetworkError as error:
+        raise LaunchError(
+            f"rank {launch.rank} of {launch.world_size}: MASTER_ADDR {launch.master_addr} and MASTER_PORT "
+            f"{launch.master_port} cannot be used, expected an address of rank 0's node and a port that is free there: "
+            f"{error}"
+        ) from error
     binding.bind(launch)
     return launch
+
+
+def _device(launch: Launch) -> int:
+    devices = torch.cuda.device_count()
+    if launch.local_rank >= devices:
+        raise LaunchError(
+            f"LOCAL_RANK is {launch.local_rank}: expected less than the CUDA devices that this process sees, {devices} "
+            f"(CUDA_VISIBLE_DEVICES: {os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})"
+        )
+    return launch.local_rank
 
 
 def _export(launch: Launch) -> None:

@@ -1,40 +1,68 @@
 """Where rank 0 listens, for launchers that do not say it: Slurm is asked by `scontrol`, MPI by mpi4py.
 
-MASTER_ADDR and MASTER_PORT, where they are set, are taken as they are.
+MASTER_ADDR and MASTER_PORT, where they are set, are taken as they are; a name has to resolve.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import re
 import socket
 import subprocess
+import time
 from dataclasses import replace
 
 from pikv_megatron.launch_environment import Launch, LaunchError
 
+logger = logging.getLogger(__name__)
+
 LOOPBACK = "127.0.0.1"
 FIRST_PORT, PORTS = 15_000, 16_000
 """Ports for Slurm jobs: below those that Linux hands out itself, above the well-known ones."""
+RESOLVE_SECONDS = 60.0
+"""How long a name may take to resolve: that of a container's peer comes with the peer."""
 
 
 def complete(launch: Launch) -> Launch:
     """`launch` with an address and a port. Under mpirun all ranks must call it, since rank 0 tells the others.
 
     Raises:
-        LaunchError: the address cannot be found; the message says what was tried.
+        LaunchError: the address cannot be found, or does not resolve; the message says what was tried.
     """
-    if launch.launcher == "none" or (launch.master_addr and launch.master_port):
+    if launch.launcher == "none":
         return launch
-    if launch.launcher == "mpirun":
-        return _ask_mpi(launch)
-    step = int(os.environ["SLURM_STEP_ID"])
-    return replace(
-        launch,
-        master_addr=launch.master_addr or _first_node(),
-        master_port=launch.master_port or slurm_port(int(os.environ["SLURM_JOB_ID"]), step),
-    )
+    if launch.master_addr is None or launch.master_port is None:
+        if launch.launcher == "mpirun":
+            launch = _ask_mpi(launch)
+        else:
+            step = int(os.environ["SLURM_STEP_ID"])
+            launch = replace(
+                launch,
+                master_addr=launch.master_addr or _first_node(),
+                master_port=launch.master_port or slurm_port(int(os.environ["SLURM_JOB_ID"]), step),
+            )
+    _wait_for_name(str(launch.master_addr))
+    return launch
+
+
+def _wait_for_name(address: str) -> None:
+    """torch would look an unknown name up again and again, for half an hour."""
+    began, said = time.monotonic(), False
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except (socket.gaierror, UnicodeError) as error:  # UnicodeError: a label that is too long or empty
+            if time.monotonic() - began >= RESOLVE_SECONDS:
+                raise LaunchError(
+                    f"MASTER_ADDR: expected a name that resolves, or an address, got {address!r} ({error})"
+                ) from error
+        if not said:
+            logger.warning("MASTER_ADDR %r does not resolve: trying for %.0f s", address, RESOLVE_SECONDS)
+            said = True
+        time.sleep(1)
 
 
 def slurm_port(job: int, step: int) -> int:

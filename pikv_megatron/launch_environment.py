@@ -7,12 +7,17 @@ are refused by name. Who completes the address where the launcher gives none is 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TORCH = (*RANK_VARIABLES, "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "GROUP_RANK", "CROSS_RANK", "CROSS_SIZE")
-OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+OPEN_MPI = (
+    "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+)
 MPICH = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NODEID")
 SLURM_STEP = (
@@ -85,18 +90,15 @@ def read_launch(env: Mapping[str, str]) -> Launch:
     if torch is not None and mpi is not None:
         _check_agree(env, torch, mpi)
     by_launcher = mpi is not None or (torch is not None and torch.launcher != "environment")
-    nodes = slurm and _number(env, "SLURM_STEP_NUM_NODES", 1)
+    nodes = slurm and _number(env, "SLURM_STEP_NUM_NODES")
     if slurm is not None and not (by_launcher and nodes == slurm.world_size):
         for other in found[:-1]:
             _check_agree(env, other, slurm)
+    for one in reversed(found):  # RANK and its kin last: they may have their local rank of another
+        _check_fits(env, one)
     launch = found[0]
     if launch.launcher == "environment" and len(found) > 1:
         launch = replace(launch, launcher=found[1].launcher)
-    if not (launch.rank < launch.world_size and launch.local_rank < launch.local_size <= launch.world_size):
-        raise LaunchError(
-            f"{launch.launcher}'s variables do not fit together: rank {launch.rank} of {launch.world_size}, local rank "
-            f"{launch.local_rank} of {launch.local_size}"
-        )
     return launch
 
 
@@ -105,22 +107,17 @@ def _torch(env: Mapping[str, str], other: Launch | None) -> Launch | None:
     given = [name for name in RANK_VARIABLES if name in env]
     if not given or (other is not None and "RANK" not in env and "WORLD_SIZE" not in env):
         return None  # an address alone belongs to the other launcher
-    missing = [name for name in RANK_VARIABLES if name not in env]
-    if missing:
-        raise LaunchError(
-            f"the environment sets {', '.join(given)} but not {', '.join(missing)}: set all of them (torchrun does), "
-            "or none for a single process"
-        )
+    _check_complete(env, RANK_VARIABLES, "set all of them, as torchrun does, or none for a single process")
     launcher = "torchrun" if "GROUP_RANK" in env else "deepspeed" if "CROSS_SIZE" in env else "environment"
     rank = _number(env, "RANK")
     local = [name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in env]
     if len(local) == 2 and env[local[0]] != env[local[1]]:
         raise LaunchError(f"LOCAL_WORLD_SIZE is {env[local[0]]} but LOCAL_SIZE is {env[local[1]]}")
-    if "LOCAL_RANK" in env or local:
-        local_rank = _number(env, "LOCAL_RANK", other.local_rank if other else None)
-        local_size = _number(env, local[0] if local else "LOCAL_WORLD_SIZE", other.local_size if other else None)
-    else:
-        local_rank, local_size = (other.local_rank, other.local_size) if other else (0, 1)
+    local_size_name = local[0] if local else "LOCAL_SIZE" if launcher == "deepspeed" else "LOCAL_WORLD_SIZE"
+    if other is None and ("LOCAL_RANK" in env or local):
+        _check_complete(env, ("LOCAL_RANK", local_size_name), "set both, or neither for one rank per node")
+    local_rank = _number(env, "LOCAL_RANK", other.local_rank if other else 0)
+    local_size = _number(env, local_size_name, other.local_size if other else 1)
     node = "GROUP_RANK" if launcher == "torchrun" else "CROSS_RANK"
     filled = other.node_rank if other and launcher == "environment" else rank // max(local_size, 1)
     return Launch(
@@ -134,7 +131,7 @@ def _mpi(env: Mapping[str, str]) -> Launch | None:
     names = OPEN_MPI if OPEN_MPI[0] in env else MPICH
     if names[0] not in env or (names is MPICH and "SLURM_STEP_ID" in env and "MPI_LOCALRANKID" not in env):
         return None
-    _check_complete(env, names)
+    _check_complete(env, names, "mpirun sets all of them")
     rank, size, local_rank, local_size = (_number(env, name) for name in names)
     return Launch("mpirun", rank, size, local_rank, local_size, rank // max(local_size, 1), *_address(env))
 
@@ -144,7 +141,7 @@ def _slurm(env: Mapping[str, str]) -> Launch | None:
     step = env.get("SLURM_STEP_ID")
     if step is None or "SLURM_PROCID" not in env or _number(env, "SLURM_STEP_ID") >= FIRST_SPECIAL_STEP:
         return None
-    _check_complete(env, (*SLURM, *SLURM_STEP))
+    _check_complete(env, (*SLURM, *SLURM_STEP), "srun sets all of them")
     rank, size, local_rank, node = (_number(env, name) for name in SLURM)
     per_node = tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])
     if node >= len(per_node) or sum(per_node) != size:
@@ -174,38 +171,56 @@ def _address(env: Mapping[str, str]) -> tuple[str | None, int | None]:
     port = _number(env, "MASTER_PORT", least=1) if "MASTER_PORT" in env else None
     if port is not None and port > 65535:
         raise LaunchError(f"MASTER_PORT: expected a port up to 65535, got {port}")
-    return env.get("MASTER_ADDR"), port
+    address = env.get("MASTER_ADDR")
+    if address == "":
+        raise LaunchError("MASTER_ADDR: expected the name or address of rank 0's machine, got ''")
+    return address, port
+
+
+def _names(env: Mapping[str, str], launch: Launch) -> tuple[str, str, str, str]:
+    """What a launch's rank, world size, local rank and local size are called."""
+    if launch.launcher == "mpirun":
+        return OPEN_MPI if OPEN_MPI[0] in env else MPICH
+    if launch.launcher == "srun":
+        return *SLURM[:3], "its node's part of SLURM_STEP_TASKS_PER_NODE"
+    return "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE" if "LOCAL_SIZE" in env else "LOCAL_WORLD_SIZE"
+
+
+def _check_fits(env: Mapping[str, str], launch: Launch) -> None:
+    rank, size, local_rank, local_size = _names(env, launch)
+    for name, value, below, limit in (
+        (rank, launch.rank, size, launch.world_size),
+        (local_rank, launch.local_rank, local_size, launch.local_size),
+    ):
+        if value >= limit:
+            raise LaunchError(f"{name} is {value}: expected less than {below}, {limit}")
+    if launch.local_size > launch.world_size:
+        raise LaunchError(f"{local_size} is {launch.local_size}: expected at most {size}, {launch.world_size}")
 
 
 def _check_agree(env: Mapping[str, str], one: Launch, other: Launch) -> None:
-    names = {
-        "mpirun": OPEN_MPI[:2] if OPEN_MPI[0] in env else MPICH[:2],
-        "srun": SLURM[:2],
-    }
-    for field, i in (("rank", 0), ("world_size", 1)):
+    names, other_names = _names(env, one), _names(env, other)
+    for i, field in enumerate(("rank", "world_size")):
         mine, theirs = getattr(one, field), getattr(other, field)
         if mine != theirs:
-            name = names.get(one.launcher, RANK_VARIABLES)[i]
             raise LaunchError(
-                f"{name} is {mine} ({one.launcher}) but {names[other.launcher][i]} is {theirs} ({other.launcher}): two "
+                f"{names[i]} is {mine} ({one.launcher}) but {other_names[i]} is {theirs} ({other.launcher}): two "
                 "launchers contradict each other; unset the variables of the one that did not start this process"
             )
 
 
-def _check_complete(env: Mapping[str, str], names: tuple[str, ...]) -> None:
+def _check_complete(env: Mapping[str, str], names: Sequence[str], expected: str) -> None:
     missing = [name for name in names if name not in env]
     if missing:
-        raise LaunchError(f"the environment sets {names[0]} but not {', '.join(missing)}, which its launcher sets too")
+        given = ", ".join(f"{name}={env[name]}" for name in names if name in env)
+        raise LaunchError(f"the environment sets {given} but not {', '.join(missing)}: {expected}")
 
 
-def _number(env: Mapping[str, str], name: str, default: int | None = None, *, least: int = 0) -> int:
+def _number(env: Mapping[str, str], name: str, default: int = 0, *, least: int = 0) -> int:
+    """The number that a variable says; `default` where it is not set."""
     text = env.get(name)
     if text is None:
-        if default is None:
-            raise LaunchError(
-                f"{name} is not set: LOCAL_RANK and LOCAL_WORLD_SIZE (or LOCAL_SIZE) are needed both, or neither"
-            )
         return default
-    if not re.fullmatch(r"[0-9]+", text) or int(text) < least:
+    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < least:
         raise LaunchError(f"{name}: expected a whole number of at least {least}, got {text!r}")
     return int(text)

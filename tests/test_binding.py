@@ -41,17 +41,23 @@ def test_hardware_threads_of_a_core_stand_together(monkeypatch, tmp_path):
 
 @pytest.fixture
 def neighbours(monkeypatch, tmp_path):
-    """Four ranks on two nodes, none bound to less than CPUs 0 to 3; bound and threads are what was asked for."""
-    seen: dict[str, object] = {}
+    """Four ranks on two nodes, none bound to less than CPUs 0 to 3; `unbound` are those with PIKV_BIND=off, and bound
+    (threads and CPUs) and threads are what was asked for.
+    """
+    seen = {"unbound": set()}
     monkeypatch.setattr(binding, "TOPOLOGY", tmp_path)
     monkeypatch.delenv("PIKV_BIND", raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
-    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: seen.update(bound=tuple(cpus)))
+    monkeypatch.setattr(os, "listdir", lambda path: {"/proc/self/task": ["11", "12"]}[path])
+    monkeypatch.setattr(
+        os, "sched_setaffinity", lambda pid, cpus: seen.setdefault("bound", []).append((pid, tuple(cpus)))
+    )
     monkeypatch.setattr(torch, "set_num_threads", lambda count: seen.update(threads=count))
 
     def gather(everyone, mine):
-        everyone[:] = [(rank // 2, frozenset(range(4))) for rank in range(4)]
+        assert mine[1:] == (1, frozenset(range(4)))
+        everyone[:] = [(rank not in seen["unbound"], rank // 2, frozenset(range(4))) for rank in range(3)] + [mine]
 
     monkeypatch.setattr(binding.dist, "all_gather_object", gather)
     return seen
@@ -60,18 +66,30 @@ def neighbours(monkeypatch, tmp_path):
 LAUNCH = Launch("torchrun", 3, 4, 1, 2, 1, "n0", 1)
 
 
-@pytest.mark.parametrize(("limit", "threads"), [("", 2), ("1", 1), ("8", 2)])
+@pytest.mark.parametrize(("limit", "threads"), [("", 2), ("1", 1), ("8", 2), ("1,4", 1), ("0", 2), ("\u00b2", 2)])
 def test_ranks_of_a_node_share_its_cpus_and_threads_follow(neighbours, monkeypatch, limit, threads):
     monkeypatch.setenv("OMP_NUM_THREADS", limit)
     assert binding.bind(LAUNCH) == (2, 3)
-    assert neighbours == {"bound": (2, 3), "threads": threads}
+    assert neighbours == {"bound": [(11, (2, 3)), (12, (2, 3))], "threads": threads, "unbound": set()}
+
+
+def test_more_ranks_than_cpus_run_anywhere_with_one_thread_each(neighbours, monkeypatch):
+    def gather(everyone, mine):
+        everyone[:] = [mine] * 5
+
+    monkeypatch.setattr(binding.dist, "all_gather_object", gather)
+    assert binding.bind(Launch("torchrun", 4, 5, 4, 5, 1, "n0", 1)) == (0, 1, 2, 3)
+    assert neighbours == {"threads": 1, "unbound": set()}
 
 
 def test_it_can_be_switched_off_and_a_single_process_is_left_alone(neighbours, monkeypatch):
     assert binding.bind(Launch("none")) == (0, 1, 2, 3)
     monkeypatch.setenv("PIKV_BIND", "off")
     assert binding.bind(LAUNCH) == (0, 1, 2, 3)
-    assert neighbours == {}
+    monkeypatch.delenv("PIKV_BIND")
+    neighbours["unbound"] = {0}  # a rank of another node, whose environment has it
+    assert binding.bind(LAUNCH) == (0, 1, 2, 3)
+    assert neighbours == {"unbound": {0}}
     monkeypatch.setenv("PIKV_BIND", "maybe")
     with pytest.raises(LaunchError, match="PIKV_BIND: expected auto or off, got 'maybe'"):
         binding.bind(LAUNCH)

@@ -125,7 +125,7 @@ def test_half_a_launcher_is_broken(report, monkeypatch):
     status, text = report()
     assert status == 1
     assert _line(text, "SLURM_PROCID") == "7"
-    assert "broken: the environment sets RANK, WORLD_SIZE but not MASTER_ADDR, MASTER_PORT" in text
+    assert "broken: the environment sets RANK=0, WORLD_SIZE=2 but not MASTER_ADDR, MASTER_PORT" in text
     assert "remedy: unset what another launcher left" in text
     assert _line(text, "detected").startswith("incomplete")
 

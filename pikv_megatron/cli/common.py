@@ -74,6 +74,7 @@ def megatron_model(
     """
     set_threads(threads)
     warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)  # of names that Megatron-core calls
     logging.getLogger("megatron").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
