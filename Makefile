@@ -20,6 +20,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input -qq
 CONSTRAINTS := requirements/constraints.txt
 CSRC := $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/* csrc/include/pikv/*)
 CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
+SCRIPTS := .ci/run $(wildcard launch/*.sh launch/slurm/*.sbatch)
 STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 MODELS := $(VENV)/.models
@@ -61,10 +62,11 @@ test: lint ## lint, then every test that is not slow
 test-all: lint $(MODELS) ## lint, then every test
 	@$(PY) -m pytest $(PYTEST_ARGS)
 
-lint: $(STAMP) ## ruff, mypy, and lines of C++ that are too long
+lint: $(STAMP) ## ruff, mypy, shellcheck, and lines of C++ that are too long
 	@$(PY) -m ruff check --quiet .
 	@$(PY) -m ruff format --quiet --check . || { echo "run 'make format'" >&2; exit 1; }
 	@$(PY) -m mypy --no-error-summary
+	@$(VENV)/bin/shellcheck $(SCRIPTS)
 	@awk 'length > 120 {print FILENAME ":" FNR ": longer than 120 columns"; bad = 1} END {exit bad}' $(CXX_SOURCES)
 
 format: $(STAMP) ## let ruff format the code and mend what it can
