@@ -11,6 +11,7 @@ while its own initialisation runs, is in `deepspeed_support`. The cache is `hugg
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,29 @@ __all__ = ["MoEHooks", "MoEListener", "hook_moe", "init_distributed", "init_infe
 
 DeepSpeedConfig = Mapping[str, Any] | str | Path
 
+logger = logging.getLogger(__name__)
+
+NORM = "cuts the heads but not the norm that goes over all of them"
+ROUTER = "cuts the router's output"
 NOT_BY_AUTOTP = {
+    "flex_olmo": NORM,
     "gpt_oss": "cuts the heads but not their sinks",
-    "olmoe": "cuts the heads but not the norm that goes over all of them",
-    "phimoe": "cuts the router's output",
+    "hunyuan_v1_moe": ROUTER,
+    "longcat_flash": ROUTER,
+    "minimax_m2": NORM,
+    "olmo2": NORM,
+    "olmo3": NORM,
+    "olmoe": NORM,
+    "phi3": "cuts queries, keys and values, which are one matrix, as if they were of one size",
+    "phimoe": ROUTER,
 }
 """Model types that AutoTP of DeepSpeed 0.19 gets wrong with tp_size above 1, with or without PiKV."""
+BY_AUTOTP = {
+    "cohere2", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone4", "gemma3_text", "glm4_moe",
+    "glm4_moe_lite", "granitemoe", "llama", "mistral", "mistral4", "mixtral", "qwen2", "qwen2_moe", "qwen3",
+    "qwen3_moe", "smollm3",
+}  # fmt: skip
+"""Model types that the tests run under AutoTP."""
 
 
 def init_inference(model: nn.Module, config: DeepSpeedConfig, **kwargs: Any) -> Any:
@@ -69,7 +87,7 @@ def init_inference(model: nn.Module, config: DeepSpeedConfig, **kwargs: Any) -> 
     if tp_size not in (1, ranks):
         raise ValueError(f"tensor_parallel.tp_size: expected 1 or the number of ranks, {ranks}, got {tp_size}")
     if tp_size > 1:
-        _check_autotp(host.config.get_text_config(decoder=True), tp_size)
+        _check_autotp(_text_config(host), tp_size)
     engine = deepspeed.init_inference(model, config=own, **kwargs)
     _serve(engine, engine.generate, runtime)
     return engine
@@ -90,17 +108,20 @@ def initialize(model: nn.Module, config: DeepSpeedConfig, **kwargs: Any) -> Any:
 
     Raises:
         ConfigError: as `config.load_deepspeed`, or its section model is for another model.
-        NotImplementedError: a model that PiKV does not serve exactly.
+        NotImplementedError: a model that PiKV or AutoEP does not serve exactly.
         RuntimeError: AutoEP is asked for but knows no layer of this model; or DeepSpeed or transformers have changed.
     """
     own, given, runtime = load_deepspeed(config)
     whole = model_config(model)
     _check_given(given, whole, whole.dtype)
+    autoep = own.get("expert_parallel", {}).get("enabled")
+    if autoep:
+        _check_autoep(_text_config(find_model(model)))
     init_distributed()
     with local_rank(), registry_by_name():
         made = deepspeed.initialize(model=model, config=own, **kwargs)
     engine = made[0]
-    if own.get("expert_parallel", {}).get("enabled") and not autoep_layers(engine):
+    if autoep and not autoep_layers(engine):
         raise RuntimeError(
             f"expert_parallel: AutoEP of DeepSpeed {deepspeed.__version__} found no experts that it knows in "
             f"{type(find_model(engine)).__name__}"
@@ -121,6 +142,19 @@ def _check_given(given: ModelConfig | None, whole: ModelConfig, dtype: Any) -> N
         check_same_model(given, dataclasses.replace(whole, dtype=dtype), "pikv.model")
 
 
+def _text_config(host: Any) -> Any:
+    return host.config.get_text_config(decoder=True)
+
+
+def _check_autoep(config: Any) -> None:
+    groups = getattr(config, "n_group", None) or 1
+    if config.model_type == "deepseek_v2" and config.topk_method == "greedy" and groups > 1:
+        raise NotImplementedError(
+            f"expert_parallel: AutoEP of DeepSpeed {deepspeed.__version__} limits routes to groups of experts, which "
+            f"topk_method greedy of deepseek_v2 does not: expected n_group 1 in the model's config, got {groups}"
+        )
+
+
 def _check_autotp(config: Any, tp_size: int) -> None:
     if config.model_type in NOT_BY_AUTOTP:
         raise NotImplementedError(
@@ -130,6 +164,13 @@ def _check_autotp(config: Any, tp_size: int) -> None:
     heads = config.num_key_value_heads or config.num_attention_heads
     if heads % tp_size:
         raise ValueError(f"tensor_parallel.tp_size: expected a divisor of the {heads} KV heads, got {tp_size}")
+    if config.model_type not in BY_AUTOTP:
+        logger.warning(
+            "AutoTP of DeepSpeed %s cuts layers by name and was not tested with %s: compare its answers with those "
+            "of one rank",
+            deepspeed.__version__,
+            config.model_type,
+        )
 
 
 def _serve(engine: Any, generate: Callable[..., Any], runtime: RuntimeConfig, synced_gpus: bool = False) -> None:

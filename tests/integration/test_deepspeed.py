@@ -1,15 +1,18 @@
 """DeepSpeed on one rank, in this process: every MoE family under `init_inference`, what a config may hold, what is
-refused and how, and the hooks on DeepSpeed's own MoE layers. Two ranks are in tests/distributed.
+refused and how. DeepSpeed's own MoE layers are in test_deepspeed_moe.py, two ranks in tests/distributed.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
 import re
 import subprocess
 import sys
+import types
+import weakref
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,6 @@ pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 from hf_models import FAMILIES, make, prompts
 from transformers import DynamicCache
 
-from pikv_megatron import PiKVCache
 from pikv_megatron.config import ModelConfig
 from pikv_megatron.config_io import ConfigError
 from pikv_megatron.integrations import deepspeed as host
@@ -104,6 +106,32 @@ def test_a_json_file_with_a_model_section_and_further_arguments(tmp_path):
     assert engine.pikv_cache.cache.runtime.codec.keys == "int8"
 
 
+def test_each_calls_cache_is_gone_before_the_next_takes_its_memory(monkeypatch):
+    ids, mask = prompts()
+    engine = host.init_inference(make("Mixtral"), {"dtype": "fp32", "pikv": {"runtime": RUNTIME}})
+    engine.generate(ids, attention_mask=mask, max_new_tokens=2)
+    before = weakref.ref(engine.pikv_cache.cache)
+
+    def make_cache(*args):
+        gc.collect()
+        assert before() is None
+        return PiKVHFCache(*args)
+
+    monkeypatch.setattr(host, "PiKVHFCache", make_cache)
+    engine.generate(ids, attention_mask=mask, max_new_tokens=2)
+    assert engine.pikv_cache is not None
+
+
+def test_ranks_that_are_done_wait_for_the_others_unless_told_not_to():
+    calls = []
+    for synced_gpus in (False, True):
+        engine = types.SimpleNamespace()
+        host._serve(engine, lambda **options: calls.append(options.get("synced_gpus")), None, synced_gpus)
+        engine.generate(use_cache=False)
+        engine.generate(use_cache=False, synced_gpus=False)
+    assert calls == [None, False, True, False]
+
+
 REFUSED = {
     "no block": ({}, ConfigError, "pikv: expected this block"),
     "unknown key": ({"pikv": {"runtime": {"windo": 1}}}, ConfigError, "pikv.runtime.windo: unknown key"),
@@ -131,6 +159,28 @@ def test_what_cannot_be_used_is_refused_before_the_model_changes(case):
     assert not hasattr(model, "pikv_cache")
 
 
+@pytest.mark.parametrize("model_type", [*host.NOT_BY_AUTOTP, "qwen3", "phi", None])
+def test_what_autotp_gets_wrong_is_refused_and_what_was_not_tested_is_told(monkeypatch, caplog, model_type):
+    """As if there were two ranks; a model's text may have a config of its own. None: too few KV heads."""
+    model = make("Mixtral", num_key_value_heads=2 if model_type else 1)
+    text = types.SimpleNamespace(model_type=model_type or "qwen3", num_key_value_heads=2 if model_type else 1)
+    text.num_attention_heads = 8
+    monkeypatch.setattr(host, "model_config", lambda model: None)
+    monkeypatch.setattr(model.config, "get_text_config", lambda decoder: text)
+    monkeypatch.setattr(host.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(host.deepspeed, "init_inference", lambda model, **options: types.SimpleNamespace(generate=None))
+    config = {"dtype": "fp32", "tensor_parallel": {"tp_size": 2}, "pikv": {}}
+    if model_type in host.NOT_BY_AUTOTP:
+        with pytest.raises(NotImplementedError, match=f"tp_size: AutoTP of .* {host.NOT_BY_AUTOTP[model_type]} in"):
+            host.init_inference(model, config)
+    elif model_type is None:
+        with pytest.raises(ValueError, match="expected a divisor of the 1 KV heads, got 2"):
+            host.init_inference(model, config)
+    else:
+        host.init_inference(model, config)
+        assert ("was not tested with phi" in caplog.text) == (model_type == "phi")
+
+
 def test_the_engines_own_limits_stand():
     ids, mask = prompts()
     engine = host.init_inference(make("Mixtral"), {"dtype": "fp32", "max_out_tokens": 30, "pikv": {"runtime": RUNTIME}})
@@ -151,6 +201,30 @@ def test_initialize_with_autoep_on_one_rank():
     assert dict(os.environ) == before and not engine.module.training
     assert len(host.autoep_layers(engine)) == 3
     assert torch.equal(generate(engine, ids, mask)[0], tokens)
+
+
+def test_initialize_takes_deepspeeds_arguments_and_checks_the_model_section():
+    ids, mask = prompts()
+    model = make("Mixtral")
+    tokens, _ = generate(model, ids, mask, max_new_tokens=8)
+    with pytest.raises(ConfigError, match=r"pikv\.model is for another model"):
+        host.initialize(model, {**TRAINING, "pikv": {"model": {"num_layers": 5}}})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, wrapped, *_ = host.initialize(model, {**TRAINING, "pikv": {"runtime": RUNTIME}}, optimizer=optimizer)
+    assert wrapped is not None and engine.optimizer is wrapped
+    assert torch.equal(generate(engine, ids, mask, max_new_tokens=8)[0], tokens)  # without AutoEP
+
+
+def test_autoep_limits_deepseek_v2_to_groups_that_its_config_does_not_mean():
+    ids, mask = prompts()
+    config = {**TRAINING, "expert_parallel": {"enabled": True, "autoep_size": 1}, "pikv": {"runtime": RUNTIME}}
+    model = make("DeepseekV2", n_group=2)
+    tokens, _ = generate(model, ids, mask, max_new_tokens=8)
+    with pytest.raises(NotImplementedError, match=r"topk_method greedy .* expected n_group 1 .*, got 2"):
+        host.initialize(model, config)
+    model.config.n_group = 1  # what it says
+    engine, *_ = host.initialize(model, config)
+    assert torch.equal(generate(engine, ids, mask, max_new_tokens=8)[0], tokens)
 
 
 @pytest.mark.parametrize("family", ["GraniteMoe", "Phimoe", "GptOss", "Olmoe"])
@@ -180,24 +254,6 @@ def other(*args):
     """A function with parameters that nobody expects."""
 
 
-def test_an_unknown_gate_or_all_to_all_fails_by_name_and_hooks_nothing(monkeypatch):
-    from deepspeed.moe import sharded_moe
-
-    model, stock = moe_layer(), sharded_moe._AllToAll
-    for owner in ("TopKGate", "_AllToAll"):
-        with monkeypatch.context() as patch:
-            patch.setattr(getattr(sharded_moe, owner), "forward", other)
-            with pytest.raises(RuntimeError, match=rf"{owner}.forward of DeepSpeed .* takes \(args\), expected"):
-                host.hook_moe(model, Listener())
-        assert sharded_moe._AllToAll is stock
-        assert not model.deepspeed_moe.gate._forward_hooks
-    with monkeypatch.context() as patch, host.hook_moe(model, Listener()):
-        patch.setattr(model.deepspeed_moe.gate, "forward", lambda *args: (1, 2, 3))
-        with pytest.raises(RuntimeError, match="MoE layer 0 returned tuple of 3, expected a tuple of 7"):
-            model(torch.randn(1, 4, HIDDEN))
-    assert sharded_moe._AllToAll is stock
-
-
 def test_an_unknown_shared_memory_op_fails_by_name(monkeypatch):
     backend = importlib.import_module("deepspeed.comm.torch")
     built = backend.build_shm_op
@@ -212,6 +268,31 @@ def test_an_unknown_shared_memory_op_fails_by_name(monkeypatch):
         pass
 
 
+def test_deepspeed_comes_up_on_our_process_groups_without_its_all_reduce_and_once(monkeypatch):
+    seen = []
+    backend = importlib.import_module("deepspeed.comm.torch")
+    built = backend.build_shm_op
+    monkeypatch.setattr(support.comm, "is_initialized", lambda: bool(seen))
+    monkeypatch.setattr(support, "init_process_group", lambda: seen.append("process groups"))
+    monkeypatch.setattr(
+        support.deepspeed, "init_distributed", lambda verbose: seen.append(backend.build_shm_op is not built)
+    )
+    support.init_distributed()
+    support.init_distributed()
+    assert seen == ["process groups", True]
+
+
+def test_local_rank_is_set_where_no_launcher_did(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with support.local_rank():
+        assert os.environ["LOCAL_RANK"] == "0"
+    assert "LOCAL_RANK" not in os.environ
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with support.local_rank():
+        assert os.environ["LOCAL_RANK"] == "3"
+    assert os.environ["LOCAL_RANK"] == "3"
+
+
 def test_the_registry_takes_names_for_a_while(monkeypatch):
     from transformers.utils import output_capturing
 
@@ -224,119 +305,17 @@ def test_the_registry_takes_names_for_a_while(monkeypatch):
         assert registry.get("nothing", 3) == 3
         registry["a name"] = {"a": 1}
         assert registry.pop("a name") == {"a": 1}
+        registry[model.model] = recorded  # as transformers has it
+        assert all(isinstance(key, str) for key in registry)
     assert type(registry) is kind and registry.get(model.model) == recorded
-    monkeypatch.setattr(kind, "get", other)
-    with pytest.raises(RuntimeError, match="get of DeepSpeed"), support.registry_by_name():
-        pass
+    for name in ("get", "__setitem__"):
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, name, other)
+            with pytest.raises(RuntimeError, match=f"{name} of DeepSpeed"), support.registry_by_name():
+                pass
     monkeypatch.setattr(output_capturing, "_CAN_RECORD_REGISTRY", {})
     with support.registry_by_name():
         assert type(output_capturing._CAN_RECORD_REGISTRY) is dict
     monkeypatch.setattr(output_capturing, "_CAN_RECORD_REGISTRY", [])
     with pytest.raises(RuntimeError, match="_CAN_RECORD_REGISTRY is a list"), support.registry_by_name():
         pass
-
-
-# ---- DeepSpeed's own MoE layers
-
-HIDDEN, EXPERTS = 16, 4
-
-
-def moe_layer(**options):
-    from deepspeed.moe.layer import MoE
-
-    support.init_distributed()
-    torch.manual_seed(0)
-    expert = torch.nn.Linear(HIDDEN, HIDDEN)
-    options = {"use_rts": False, "min_capacity": 0, "top2_2nd_expert_sampling": False, **options}
-    layer = MoE(HIDDEN, expert, num_experts=EXPERTS, **options)
-    layer.set_deepspeed_parallelism()
-    return layer.eval()
-
-
-class Listener:
-    def __init__(self):
-        self.routes = []
-
-    def routed(self, layer_id, expert_ids, weights):
-        self.routes.append((layer_id, expert_ids, weights))
-
-    def dispatch_launched(self, layer_id):
-        raise AssertionError("nothing is dispatched on one rank")
-
-    dispatch_finished = dispatch_launched
-
-
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_routes_are_those_of_the_gate(k):
-    layer, listener = moe_layer(k=k, drop_tokens=False), Listener()
-    x = torch.randn(2, 9, HIDDEN)
-    expected = layer(x)[0]
-    with host.hook_moe(layer, listener, layer_ids=[5]):
-        assert torch.equal(layer(x)[0], expected)
-    layer(x)
-    ((layer_id, expert_ids, weights),) = listener.routes
-    shares = (x.reshape(-1, HIDDEN) @ layer.deepspeed_moe.gate.wg.weight.T).softmax(-1)
-    best, ids = shares.topk(k, -1)
-    assert layer_id == 5 and expert_ids.dtype == torch.int64 and not weights.requires_grad
-    order = expert_ids.argsort(-1)
-    right = ids.argsort(-1)
-    assert torch.equal(expert_ids.gather(1, order), ids.gather(1, right))
-    best = best / best.sum(-1, keepdim=True) if k > 1 else best
-    torch.testing.assert_close(weights.gather(1, order), best.gather(1, right))
-
-
-def test_routes_label_a_cache():
-    """What docs/deepspeed.md shows: the listener of a model whose attention is on a PiKVCache."""
-    model = {"num_layers": 1, "num_attention_heads": 2, "num_query_groups": 1, "head_dim": 8, "num_experts": EXPERTS}
-    cache = PiKVCache(ModelConfig(**model, topk=2), RUNTIME)
-    layer = moe_layer(k=2, drop_tokens=False)
-
-    class Labels(Listener):
-        def routed(self, layer_id, expert_ids, weights):
-            cache.observe_routing(layer_id, expert_ids, weights)
-
-    x = torch.randn(1, 42, HIDDEN)
-    with host.hook_moe(layer, Labels()):
-        cache.append(0, *torch.randn(2, 42, 1, 8))
-        layer(x)
-    best, ids = (x[0] @ layer.deepspeed_moe.gate.wg.weight.T).softmax(-1).topk(2, -1)
-    votes = torch.zeros(42, EXPERTS).scatter_(1, ids, best / best.sum(-1, keepdim=True))
-    expected = votes[2:34].unflatten(0, (4, 8)).sum(1).argmax(-1).tolist()  # four blocks between sinks and window
-    found = {
-        int(start): expert
-        for expert in range(EXPERTS)
-        for shard in [cache.expert_shard(0, expert)]
-        for request_id in shard.requests()
-        for start in shard.retrieve(request_id)[2][::8]
-    }
-    assert [found[start] for start in sorted(found)] == expected and len(set(expected)) > 1
-
-
-def test_dropped_routes_weigh_nothing():
-    layer, listener = moe_layer(k=2, eval_capacity_factor=0.5), Listener()
-    x = torch.randn(1, 16, HIDDEN)
-    with host.hook_moe(layer, listener):
-        layer(x)
-    ((_, expert_ids, weights),) = listener.routes
-    assert expert_ids.min() >= 0 and weights.shape == (16, 2)
-    kept = 0.5 * 2 * 16  # capacity: factor * k * tokens / experts, of each expert
-    assert 0 < int((weights > 0).sum()) <= kept < 32
-    assert (expert_ids[weights == 0] == 0).all()
-
-
-def test_two_listeners_come_and_go():
-    layer, first, second = moe_layer(k=1), Listener(), Listener()
-    x = torch.randn(1, 8, HIDDEN)
-    one = host.hook_moe(layer, first)
-    two = host.hook_moe(layer, second)
-    layer(x)
-    one.remove()
-    one.remove()
-    layer(x)
-    two.remove()
-    layer(x)
-    assert (len(first.routes), len(second.routes)) == (1, 2)
-    with pytest.raises(ValueError, match="layer_ids: expected 1, one per MoE layer, got 2"):
-        host.hook_moe(layer, first, layer_ids=[0, 1])
-    with pytest.raises(ValueError, match="Linear has none"):
-        host.hook_moe(torch.nn.Linear(2, 2), first)
