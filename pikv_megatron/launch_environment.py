@@ -92,8 +92,7 @@ def read_launch(env: Mapping[str, str]) -> Launch:
     by_launcher = mpi is not None or (torch is not None and torch.launcher != "environment")
     nodes = slurm and _number(env, "SLURM_STEP_NUM_NODES")
     if slurm is not None and not (by_launcher and nodes == slurm.world_size):
-        for other in found[:-1]:
-            _check_agree(env, other, slurm)
+        _check_agree(env, found[0], slurm)
     for one in reversed(found):  # RANK and its kin last: they may have their local rank of another
         _check_fits(env, one)
     launch = found[0]

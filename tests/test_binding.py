@@ -24,6 +24,7 @@ def test_shares_are_disjoint_whole_and_even(cpus, ranks):
 
 
 def test_what_the_launcher_bound_stays():
+    assert binding.choose(2, [{0, 1, 2, 3}, {0, 1, 2, 3}], {0, 1, 2, 3}) == (0, 1, 2, 3)  # a rank whose node is unclear
     assert binding.choose(1, [{0, 1, 2, 3}, {4, 5, 6, 7}], {4, 5, 6, 7}) == (4, 5, 6, 7)
 
 
@@ -37,6 +38,13 @@ def test_hardware_threads_of_a_core_stand_together(monkeypatch, tmp_path):
     monkeypatch.setattr(binding, "TOPOLOGY", tmp_path)
     shares = [binding.choose(rank, [range(8)] * 4, range(8)) for rank in range(4)]
     assert shares == [(0, 4), (1, 5), (2, 6), (3, 7)]
+
+
+def test_cpus_of_unknown_topology_keep_their_order(monkeypatch, tmp_path):
+    (tmp_path / "cpu2" / "topology").mkdir(parents=True)
+    (tmp_path / "cpu2" / "topology" / "core_id").write_text("unknown\n")
+    monkeypatch.setattr(binding, "TOPOLOGY", tmp_path)
+    assert binding.by_core([2, 1, 0]) == [0, 1, 2]
 
 
 @pytest.fixture
@@ -71,6 +79,19 @@ def test_ranks_of_a_node_share_its_cpus_and_threads_follow(neighbours, monkeypat
     monkeypatch.setenv("OMP_NUM_THREADS", limit)
     assert binding.bind(LAUNCH) == (2, 3)
     assert neighbours == {"bound": [(11, (2, 3)), (12, (2, 3))], "threads": threads, "unbound": set()}
+
+
+def test_as_many_ranks_as_cpus_have_one_each(neighbours, monkeypatch):
+    def gather(everyone, mine):
+        everyone[:] = [mine] * 4
+
+    def ended(pid, cpus):
+        raise ProcessLookupError
+
+    monkeypatch.setattr(binding.dist, "all_gather_object", gather)
+    monkeypatch.setattr(os, "sched_setaffinity", ended)  # a thread that has gone meanwhile
+    assert binding.bind(Launch("torchrun", 2, 4, 2, 4, 1, "n0", 1)) == (2,)
+    assert neighbours["threads"] == 1
 
 
 def test_more_ranks_than_cpus_run_anywhere_with_one_thread_each(neighbours, monkeypatch):

@@ -93,18 +93,22 @@ STEP = {
 }  # fmt: skip
 
 
-def test_what_hosts_read_is_set_and_says_the_same_again(started):
+def test_what_hosts_read_is_set_and_says_the_same_again(started, monkeypatch):
     seen = started(**STEP)
     expected = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "LOCAL_SIZE": "4"}
     expected |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "15031", "GLOO_SOCKET_IFNAME": "lo"}
     assert seen["backend"] == "gloo" and expected.items() <= seen["environment"].items()
     assert seen["bound"] == seen["launch"] == launch.read_launch(os.environ)
+    monkeypatch.setattr(launch.socket, "if_nameindex", lambda: [(1, "eth0")])
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    assert "GLOO_SOCKET_IFNAME" not in started()["environment"]
     assert started(GLOO_SOCKET_IFNAME="eth7")["environment"]["GLOO_SOCKET_IFNAME"] == "eth7"
 
 
 def test_ranks_of_several_machines_do_not_meet_on_the_loopback(started, monkeypatch):
     monkeypatch.setattr(launch.launch_address, "complete", lambda given: given)
     seen = started(RANK="1", WORLD_SIZE="2", MASTER_ADDR="n0", MASTER_PORT="5")
+    assert seen["environment"]["LOCAL_SIZE"] == seen["environment"]["LOCAL_WORLD_SIZE"] == "1"
     assert "GLOO_SOCKET_IFNAME" not in seen["environment"]
 
 
@@ -119,9 +123,9 @@ def test_each_local_rank_needs_a_cuda_device_of_its_own(started, monkeypatch):
     monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(launch.torch.cuda, "set_device", chosen.append)
     assert started(**STEP)["backend"] == "nccl" and chosen == [3]
-    monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 3)
     with pytest.raises(
-        launch.LaunchError, match=r"LOCAL_RANK is 3: expected less than .*, 1 .CUDA_VISIBLE_DEVICES: 0.$"
+        launch.LaunchError, match=r"LOCAL_RANK is 3: expected less than .*, 3 .CUDA_VISIBLE_DEVICES: 0.$"
     ):
         started(CUDA_VISIBLE_DEVICES="0")
 

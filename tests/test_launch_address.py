@@ -180,6 +180,11 @@ def test_mpi_tells_rank_zeros_address_and_this_ranks_node(world):
     assert world.mine[1] == 99
 
 
+def test_nodes_are_counted_in_the_order_of_their_ranks(world):
+    world.names = ("z", "z", "b", "b")
+    assert launch_address.complete(MPIRUN).node_rank == 1
+
+
 def test_mpi_on_one_machine_stays_on_its_loopback(world):
     world.names = ("b",) * 4
     assert launch_address.complete(MPIRUN).node_rank == 0
@@ -192,8 +197,16 @@ def test_another_mpi_than_mpiruns_is_told(world, monkeypatch):
         launch_address.complete(MPIRUN)
 
 
-def test_without_mpi4py_the_address_has_to_be_set(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mpi4py", None)
+class NoLibrary(types.ModuleType):
+    """mpi4py where there is no MPI."""
+
+    def __getattr__(self, name):
+        raise RuntimeError("cannot load MPI library")
+
+
+@pytest.mark.parametrize("package", [None, NoLibrary("mpi4py")])
+def test_without_mpi4py_the_address_has_to_be_set(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, "mpi4py", package)
     with pytest.raises(LaunchError, match=r"mpi4py tells the ranks .* install it, or set MASTER_ADDR and MASTER_PORT"):
         launch_address.complete(MPIRUN)
 

@@ -156,7 +156,15 @@ def test_torchruns_in_a_step_of_one_task_per_node_are_no_conflict():
         (torchrun(1, 2, 2) | {"RANK": "one"}, "RANK: expected a whole number of at least 0, got 'one'"),
         (torchrun(1, 2, 2) | {"WORLD_SIZE": "-2"}, "WORLD_SIZE: expected a whole number of at least 1"),
         (torchrun(1, 2, 2) | {"MASTER_PORT": "70000"}, "MASTER_PORT: expected a port up to 65535"),
+        (torchrun(1, 2, 2) | {"MASTER_PORT": "65536"}, "MASTER_PORT: expected a port up to 65535"),
+        (torchrun(1, 2, 2) | {"WORLD_SIZE": "0"}, "WORLD_SIZE: expected a whole number of at least 1, got '0'"),
+        (open_mpi(1, 2, 2) | {"WORLD_SIZE": "2"}, "sets WORLD_SIZE=2 but not RANK, MASTER_ADDR, MASTER_PORT"),
         (srun(1, 2, 1) | {"SLURM_STEP_TASKS_PER_NODE": "3"}, "SLURM_STEP_TASKS_PER_NODE is 3"),
+        (
+            srun(1, 2, 1) | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)"},
+            "SLURM_STEP_TASKS_PER_NODE is 2.x2., which does not fit",
+        ),
+        (srun(1, 2, 1) | {"SLURM_NODEID": "2"}, "does not fit SLURM_NTASKS 2 and SLURM_NODEID 2"),
         (srun(1, 2, 1) | {"SLURM_STEP_TASKS_PER_NODE": "many"}, "expected a list like"),
     ],
 )
@@ -169,6 +177,22 @@ def test_ranks_without_local_ranks_are_taken_as_one_per_node():
     env = {"RANK": "1", "WORLD_SIZE": "2", **ADDRESS}
     assert read_launch(env) == Launch("environment", 1, 2, 0, 1, 1, **FOUND)
     assert read_launch(env | srun(1, 2, 2)) == Launch("srun", 1, 2, 1, 2, 0, **FOUND)
+
+
+def test_nodes_may_have_different_numbers_of_ranks():
+    """Three ranks on the first node, one on the second: the launchers that name the node are believed."""
+    step = srun(3, 4, 2) | {"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "3,1"}
+    expected = Launch("srun", 3, 4, 0, 1, 1, None, None)
+    assert read_launch(step) == expected
+    assert read_launch(step | torch_env(3, 4, 1)) == Launch(
+        "srun", 3, 4, 0, 1, 1, **FOUND
+    )  # as init_process_group sets
+    assert read_launch(torch_env(3, 4, 1, GROUP_RANK="1")).node_rank == 1
+    assert read_launch(torch_env(3, 4, 1, CROSS_RANK="1", CROSS_SIZE="2")).node_rank == 1
+
+
+def test_the_highest_port():
+    assert read_launch(torchrun(1, 2, 2) | {"MASTER_PORT": "65535"}).master_port == 65535
 
 
 def test_what_srun_sets_for_mpi_programs_is_srun():

@@ -73,12 +73,8 @@ class MoEHooks:
                     "know this version"
                 )
             indices, weights = routes[3], routes[5].detach()
-            kept = indices >= 0  # a route over an expert's capacity has index -1
-            listener.routed(
-                layer_id,
-                torch.where(kept, indices, 0).t().long(),
-                torch.where(kept, weights, torch.zeros_like(weights)).t(),
-            )
+            kept = indices >= 0  # a route over an expert's capacity has index -1 and weight 0
+            listener.routed(layer_id, torch.where(kept, indices, 0).t().long(), weights.t())
             if layer.ep_size > 1:
                 self._all_to_all.dispatching.append((listener, layer_id))
 
