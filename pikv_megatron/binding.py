@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -20,14 +21,16 @@ from pikv_megatron.launch_environment import Launch, LaunchError
 logger = logging.getLogger(__name__)
 
 TOPOLOGY = Path("/sys/devices/system/cpu")
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def bind(launch: Launch) -> tuple[int, ...]:
     """Binds this rank and sets torch's threads; all ranks must call it behind init_process_group. Returns its CPUs.
 
     Ranks of a node that all may use the same CPUs were bound by nobody: they share them out. Where their sets differ
-    the launcher has bound them, and they stay. torch uses as many threads as there are CPUs, or OMP_NUM_THREADS where
-    that is less. PIKV_BIND=off on one rank leaves CPUs and threads as they are on all.
+    the launcher has bound them, and they stay. torch uses as many threads as there are CPUs, or its share of the time
+    that a container may use of them, or OMP_NUM_THREADS, whichever is least. PIKV_BIND=off on one rank leaves CPUs and
+    threads as they are on all.
 
     Raises:
         LaunchError: PIKV_BIND is neither auto nor off.
@@ -47,6 +50,7 @@ def bind(launch: Launch) -> tuple[int, ...]:
             with contextlib.suppress(ProcessLookupError):
                 os.sched_setaffinity(int(thread), cpus)
     threads = len(cpus) if len(neighbours) <= len(allowed) else 1
+    threads = int(max(min(threads, time_limit() / len(neighbours)), 1))
     limit = re.match(r"[1-9][0-9]*", os.environ.get("OMP_NUM_THREADS", ""))  # OpenMP's may be a list: the first counts
     torch.set_num_threads(min(threads, int(limit[0])) if limit else threads)
     logger.info("rank %d runs on CPUs %s with %d threads", launch.rank, cpus, torch.get_num_threads())
@@ -59,6 +63,30 @@ def wanted() -> bool:
     if choice not in ("auto", "off"):
         raise LaunchError(f"PIKV_BIND: expected auto or off, got {choice!r}")
     return choice == "auto"
+
+
+def time_limit() -> float:
+    """How many CPUs' time control groups leave this process (a container's --cpus); infinite where none limits it."""
+    limits = [math.inf]
+    for line in OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if not controllers or "cpu" in controllers.split(","):
+            root = CGROUPS / "cpu" if controllers else CGROUPS  # the first and the second version of cgroups
+            # A container that sees its group as the root has no folder of this path, so the root counts alone.
+            limits += [_time_limit(root / folder.relative_to("/")) for folder in (Path(path), *Path(path).parents)]
+    return min(limits)
+
+
+def _time_limit(group: Path) -> float:
+    try:
+        text = [(group / name).read_text() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]
+    except OSError:
+        try:
+            text = (group / "cpu.max").read_text().split()
+        except OSError:
+            return math.inf
+    quota, period = text
+    return int(quota) / int(period) if quota.strip() not in ("-1", "max") else math.inf
 
 
 def choose(local_rank: int, neighbours: Sequence[Collection[int]], allowed: Collection[int]) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
@@ -47,6 +48,37 @@ def test_cpus_of_unknown_topology_keep_their_order(monkeypatch, tmp_path):
     assert binding.by_core([2, 1, 0]) == [0, 1, 2]
 
 
+CGROUPS = {
+    "v2": (
+        "0::/pods/one",
+        {"pods/one/cpu.max": "max 100000", "pods/cpu.max": "350000 100000", "cpu.max": "900000 100000"},
+    ),
+    "v2, unlimited": ("0::/pods", {"pods/cpu.max": "max 100000"}),
+    "v2, seen as the root": ("0::/", {"cpu.max": "350000 100000"}),
+    "v1": ("4:cpu,cpuacct:/a\n0::/", {"cpu/a/cpu.cfs_quota_us": "35000", "cpu/a/cpu.cfs_period_us": "10000"}),
+    "v1, seen as the root": ("1:cpu:/docker/a", {"cpu/cpu.cfs_quota_us": "35000", "cpu/cpu.cfs_period_us": "10000"}),
+    "v1, unlimited": ("1:cpu:/\n2:cpuset:/b:c", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "10000\n"}),
+}
+
+
+@pytest.mark.parametrize("case", CGROUPS)
+def test_a_containers_share_of_time(monkeypatch, tmp_path, case):
+    own, files = CGROUPS[case]
+    (tmp_path / "own").write_text(own + "\n")
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    monkeypatch.setattr(binding, "CGROUPS", tmp_path)
+    monkeypatch.setattr(binding, "OWN_CGROUPS", tmp_path / "own")
+    assert binding.time_limit() == (math.inf if "unlimited" in case else 3.5)
+    monkeypatch.setattr(binding, "OWN_CGROUPS", tmp_path / "nothing")  # a kernel without control groups
+    assert binding.time_limit() == math.inf
+
+
+def test_this_machines_control_groups_can_be_read():
+    assert binding.time_limit() > 0
+
+
 @pytest.fixture
 def neighbours(monkeypatch, tmp_path):
     """Four ranks on two nodes, none bound to less than CPUs 0 to 3; `unbound` are those with PIKV_BIND=off, and bound
@@ -54,6 +86,7 @@ def neighbours(monkeypatch, tmp_path):
     """
     seen = {"unbound": set()}
     monkeypatch.setattr(binding, "TOPOLOGY", tmp_path)
+    monkeypatch.setattr(binding, "time_limit", lambda: math.inf)
     monkeypatch.delenv("PIKV_BIND", raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
@@ -79,6 +112,13 @@ def test_ranks_of_a_node_share_its_cpus_and_threads_follow(neighbours, monkeypat
     monkeypatch.setenv("OMP_NUM_THREADS", limit)
     assert binding.bind(LAUNCH) == (2, 3)
     assert neighbours == {"bound": [(11, (2, 3)), (12, (2, 3))], "threads": threads, "unbound": set()}
+
+
+@pytest.mark.parametrize(("limit", "threads"), [(0.5, 1), (3.5, 1), (4.0, 2), (9.0, 2)])
+def test_threads_follow_the_share_of_a_containers_time(neighbours, monkeypatch, limit, threads):
+    monkeypatch.setattr(binding, "time_limit", lambda: limit)
+    assert binding.bind(LAUNCH) == (2, 3)
+    assert neighbours["threads"] == threads
 
 
 def test_as_many_ranks_as_cpus_have_one_each(neighbours, monkeypatch):
