@@ -18,7 +18,11 @@ TORCHRUN, DEEPSPEED, MPIRUN, SBATCH, SBATCH_SRUN = (
 )
 RECORDER = """#!/usr/bin/env bash
 printf '%s\\0' "OMP_NUM_THREADS=${OMP_NUM_THREADS-}" "SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK-}" \
-"MASTER_ADDR=${MASTER_ADDR-}" "NNODES=${NNODES-}" "in $PWD" "${0##*/}" "$@"
+"MASTER_ADDR=${MASTER_ADDR-}" "MASTER_PORT=${MASTER_PORT-}" "NNODES=${NNODES-}" "in $PWD" "${0##*/}" "$@"
+if [[ ${0##*/} == srun && ${TASK-} && $* == *torchrun.sh* ]]; then  # as srun does, the command of one task
+  while [[ $1 != bash ]]; do shift; done
+  SLURM_NODEID=$TASK "$@"
+fi
 """
 COUNT = "expected a whole number of at least 1, got"
 SCONTROL = """#!/usr/bin/env bash
@@ -158,6 +162,14 @@ def test_slurm_runs_one_launcher_per_node_of_whatever_job(call, tmp_path):
     assert "MASTER_ADDR=192.0.2.7" in words and "NNODES=2" in words  # the name does not resolve
     _, words, _ = call(SBATCH, "doctor", **JOB, MASTER_ADDR="n5")
     assert "MASTER_ADDR=n5" in words
+
+
+def test_slurms_tasks_are_torchruns_with_the_rank_of_their_node(call):
+    job = JOB | {"SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_ID": "1000"}
+    _, words, said = call(SBATCH, "doctor", "a b", **job, NPROC_PER_NODE="4", TASK="2")
+    assert has(words, "python3", "-m", "torch.distributed.run", "--nnodes=3", "--nproc-per-node=4"), said
+    assert has(words, "--node-rank=2", "--master-addr=192.0.2.7", "--master-port=30000", "-m", "pikv_megatron")
+    assert words[-2:] == ["doctor", "a b"]
 
 
 @pytest.mark.parametrize("script", [SBATCH, SBATCH_SRUN])
