@@ -284,14 +284,24 @@ def load_deepspeed(
         What is DeepSpeed's, the block taken out; the model's config (None where the section is missing); the runtime's.
 
     Raises:
-        ConfigError: no such block, or as `load`.
+        ConfigError: no such block, a file that is not a JSON object, or as `load`.
     """
-    rest = dict(config) if isinstance(config, Mapping) else json.loads(Path(config).read_text(encoding="utf-8"))
+    rest = dict(config) if isinstance(config, Mapping) else _read_json(Path(config))
     if "pikv" not in rest:
         raise ConfigError(f"pikv: expected this block in the DeepSpeed config, got the keys {sorted(rest)}")
     block = rest.pop("pikv")
     file = from_mapping(_File, read_yaml(block) if isinstance(block, str) else block, "pikv")
     return rest, file.model, file.runtime
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: expected JSON, got text that is none: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected an object of keys, got {type(content).__name__}")
+    return content
 
 
 Source = Mapping[str, Any] | str | Path

@@ -315,6 +315,13 @@ def test_deepspeed_json_holds_the_same_sections(tmp_path):
         RuntimeConfig.from_deepspeed({"train_batch_size": 1})
     with pytest.raises(ConfigError, match=r"^pikv\.runtime\.windo: unknown key; did you mean 'window'"):
         RuntimeConfig.from_deepspeed({"pikv": {"runtime": {"windo": 1}}})
+    for text, said in (
+        ("{'a': 1}", "expected JSON, got text that is none"),
+        ("[1]", "expected an object of keys, got list"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=f"{path}: {said}"):
+            load_deepspeed(path)
 
 
 def test_which_layer_labels_which():

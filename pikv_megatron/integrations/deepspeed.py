@@ -22,6 +22,7 @@ from deepspeed.inference.config import DeepSpeedInferenceConfig
 from torch import nn
 
 from pikv_megatron.config import ModelConfig, RuntimeConfig, check_same_model, load_deepspeed
+from pikv_megatron.config_io import ConfigError
 from pikv_megatron.integrations.deepspeed_moe import MoEHooks, MoEListener, hook_moe
 from pikv_megatron.integrations.deepspeed_support import init_distributed, local_rank, registry_by_name
 from pikv_megatron.integrations.huggingface import PiKVHFCache, model_config
@@ -89,7 +90,15 @@ def init_inference(model: nn.Module, config: DeepSpeedConfig, **kwargs: Any) -> 
     if tp_size > 1:
         _check_autotp(_text_config(host), tp_size)
     engine = deepspeed.init_inference(model, config=own, **kwargs)
-    _serve(engine, engine.generate, runtime)
+    generate = engine.generate
+
+    def generate_with_beams_said(*inputs: Any, **kwargs: Any) -> Any:
+        given = kwargs.get("generation_config")
+        if given is not None and given.num_beams is None:  # the model's own, which DeepSpeed does not look up
+            kwargs.setdefault("num_beams", host.generation_config.num_beams or 1)
+        return generate(*inputs, **kwargs)
+
+    _serve(engine, generate_with_beams_said, runtime)
     return engine
 
 
@@ -107,14 +116,17 @@ def initialize(model: nn.Module, config: DeepSpeedConfig, **kwargs: Any) -> Any:
         one that is done goes on until the last is (`synced_gpus`), so `max_tokens` has to hold the longest call.
 
     Raises:
-        ConfigError: as `config.load_deepspeed`, or its section model is for another model.
+        ConfigError: as `config.load_deepspeed`, its section model is for another model, or expert_parallel is no block.
         NotImplementedError: a model that PiKV or AutoEP does not serve exactly.
         RuntimeError: AutoEP is asked for but knows no layer of this model; or DeepSpeed or transformers have changed.
     """
     own, given, runtime = load_deepspeed(config)
     whole = model_config(model)
     _check_given(given, whole, whole.dtype)
-    autoep = own.get("expert_parallel", {}).get("enabled")
+    block = own.get("expert_parallel") or {}
+    if not isinstance(block, Mapping):
+        raise ConfigError(f"expert_parallel: expected a mapping of keys, got {block!r}")
+    autoep = block.get("enabled")
     if autoep:
         _check_autoep(_text_config(find_model(model)))
     init_distributed()

@@ -20,7 +20,7 @@ import torch
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 from hf_models import FAMILIES, make, prompts
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from pikv_megatron.config import ModelConfig
 from pikv_megatron.config_io import ConfigError
@@ -104,6 +104,18 @@ def test_a_json_file_with_a_model_section_and_further_arguments(tmp_path):
     engine.generate(ids, attention_mask=mask, max_new_tokens=4)
     assert engine.pikv_cache.cache.model == ModelConfig(**section)
     assert engine.pikv_cache.cache.runtime.codec.keys == "int8"
+
+
+def test_a_generation_config_that_leaves_beams_to_the_model():
+    ids, mask = prompts()
+    engine = host.init_inference(make("Mixtral"), {"dtype": "fp32", "pikv": {"runtime": RUNTIME}})
+    expected, _ = generate(engine, ids, mask, max_new_tokens=4)
+    given = GenerationConfig(max_new_tokens=4, do_sample=False)
+    assert torch.equal(engine.generate(ids, attention_mask=mask, generation_config=given), expected)
+    assert torch.equal(engine.generate(ids, attention_mask=mask, generation_config=given, num_beams=1), expected)
+    engine.module.generation_config.num_beams = 2
+    with pytest.raises(NotImplementedError, match="num_beams"):
+        engine.generate(ids, attention_mask=mask, generation_config=given)
 
 
 def test_each_calls_cache_is_gone_before_the_next_takes_its_memory(monkeypatch):
@@ -209,6 +221,8 @@ def test_initialize_takes_deepspeeds_arguments_and_checks_the_model_section():
     tokens, _ = generate(model, ids, mask, max_new_tokens=8)
     with pytest.raises(ConfigError, match=r"pikv\.model is for another model"):
         host.initialize(model, {**TRAINING, "pikv": {"model": {"num_layers": 5}}})
+    with pytest.raises(ConfigError, match="expert_parallel: expected a mapping of keys, got True"):
+        host.initialize(model, {**TRAINING, "expert_parallel": True, "pikv": {}})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine, wrapped, *_ = host.initialize(model, {**TRAINING, "pikv": {"runtime": RUNTIME}}, optimizer=optimizer)
     assert wrapped is not None and engine.optimizer is wrapped
