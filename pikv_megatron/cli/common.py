@@ -14,6 +14,7 @@ from torch import nn
 
 from pikv_megatron.config import ModelConfig, RuntimeConfig, check_same_model, load
 from pikv_megatron.config_io import ConfigError, parse_yaml, read_yaml
+from pikv_megatron.launch_environment import read_launch
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL_MOE = ROOT / "assets" / "small_moe"
@@ -52,6 +53,13 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[ModelC
                 raise ConfigError(f"--set {override}: {section} is not a section")
         place[key] = parse_yaml(text, f"--set {override}")
     return load(mapping)
+
+
+def check_single_rank(what: str) -> None:
+    """Raises ValueError where a launcher has started this process with others: each would do all of the work."""
+    launch = read_launch(os.environ)
+    if launch.world_size > 1:
+        raise ValueError(f"{what}: expected a single process, got {launch}")
 
 
 def set_threads(threads: int | None) -> None:

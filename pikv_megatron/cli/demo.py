@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from pikv_megatron.cli.common import HELD_OUT_TEXT, SMALL_MOE, SMALL_MOE_CONFIG, bundled, megatron_model, read_config
+from pikv_megatron.cli.common import (
+    HELD_OUT_TEXT,
+    SMALL_MOE,
+    SMALL_MOE_CONFIG,
+    bundled,
+    check_single_rank,
+    megatron_model,
+    read_config,
+)
 from pikv_megatron.facts import Document, documents, load_text
 
 if TYPE_CHECKING:
@@ -100,6 +108,7 @@ class Row:
 
 def run(args: argparse.Namespace) -> int:
     """Runs `pikv demo`."""
+    check_single_rank("demo")
     began = time.perf_counter()
     text = load_text(bundled(Path(args.text)))
     papers = documents(

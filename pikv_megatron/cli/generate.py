@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, distributed
 from tqdm import tqdm
 
-from pikv_megatron.cli.common import SMALL_MOE, SMALL_MOE_CONFIG, bundled, read_config
+from pikv_megatron.cli.common import SMALL_MOE, SMALL_MOE_CONFIG, bundled, check_single_rank, read_config
 from pikv_megatron.cli.hosts import HOSTS, Request, Session
 from pikv_megatron.config import dump
 from pikv_megatron.launch_environment import read_launch
@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--temperature: expected at least 0, got {args.temperature}")
     if args.expert_parallel != 1 and args.host != "megatron":
         raise ValueError(f"--expert-parallel: only --host megatron shares experts out, got --host {args.host}")
+    if args.host == "hf":
+        check_single_rank("--host hf")
     prompt = _read_prompt(args)
     model_cfg, runtime = read_config(args.config, args.set)
     if args.run_dir:

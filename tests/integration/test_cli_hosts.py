@@ -77,6 +77,20 @@ def test_what_a_host_cannot_use_ends_in_one_line(host, capsys, tmp_path):
     assert "config.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argv", [["generate", "--host", "hf", "--prompt", PROMPT], ["demo"]])
+def test_what_runs_on_one_rank_is_refused_on_several(argv, capsys, monkeypatch):
+    """Each rank would do all of it, and write into the same lines and files."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "n0", "MASTER_PORT": "5"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(argv) == 2
+    seen = capsys.readouterr()
+    assert not seen.out and "expected a single process, got environment: rank 1 of 2" in seen.err
+    monkeypatch.delenv("WORLD_SIZE")
+    assert main(argv) == 2
+    seen = capsys.readouterr()
+    assert not seen.out and "sets RANK=1, MASTER_ADDR=n0, MASTER_PORT=5 but not WORLD_SIZE" in seen.err
+
+
 @pytest.mark.distributed
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 def test_two_ranks_under_deepspeed_say_it_once(tmp_path):
