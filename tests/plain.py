@@ -56,6 +56,10 @@ class Layer:
     def raw_positions(self) -> list[int]:
         return [i if i < self.sinks else i - self.sinks + self.end for i in range(len(self.raw))]
 
+    def oldest(self) -> int:
+        """Its position; where nothing is held, that of the next token."""
+        return min([*self.raw_positions(), *(b.start for b in self.blocks)], default=self.length)
+
     def held(self) -> tuple[Tensor, Tensor, Tensor]:
         """k, v [tokens, num_query_groups, channels] and positions [tokens], in their order."""
         rows = [(at, t.k, t.v) for at, t in zip(self.raw_positions(), self.raw, strict=True)]
