@@ -266,7 +266,7 @@ class PiKVHFCache(Cache):
                 raise ValueError(
                     f"tokens_to_remove: request {request_id} would keep {count} tokens, of which its sliding-window "
                     f"layers have forgotten too many; expected to keep {self.cache.shortest_crop(request_id)} or more "
-                    f"(runtime.window, {self.cache.runtime.window}, tokens can always be taken back)"
+                    f"(never more than the longest it was, less runtime.window, {self.cache.runtime.window})"
                 )
         for request_id, count in kept.items():
             if count:
