@@ -328,7 +328,7 @@ class PiKVCache:
             checks.check_queries(1, state.length, request_id, layer_id)
         checks.check_finite("q", q, runtime, min(torch.finfo(q.dtype).max, LARGEST))
         whole = runtime.attention.mode == "exact" and runtime.budget.policy == "none"
-        if not whole or any(state.newest_is_sealed() for state in states):
+        if len(states) == 1 or not whole or any(state.newest_is_sealed() for state in states):
             parts = [self.attend(layer_id, q[i : i + 1], request_id) for i, request_id in enumerate(request_ids)]
             out, lse = (torch.cat(part) for part in zip(*parts, strict=True))
             return out, lse
