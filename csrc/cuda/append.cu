@@ -33,7 +33,7 @@ __device__ __forceinline__ void append_matrix(const Target& target, int rows, in
 }
 
 template <Dtype DTYPE>
-__global__ void __launch_bounds__(kThreads, 8)
+__global__ void __launch_bounds__(kThreads, 7)
     append_kernel(Target keys, Target values, int rows, int64_t groups, const int64_t* ids) {
   PIKV_DYNAMIC_SHARED(shared);
   const int64_t block = blockIdx.x / groups, head = blockIdx.x - block * groups, place = ids[block] * groups + head;
