@@ -238,6 +238,10 @@ class RuntimeConfig:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was found out about this process: a pickle may be read where there are other devices."""
+        return {name: value for name, value in vars(self).items() if name != "torch_device"}
+
     @property
     def needs_planes(self) -> bool:
         """Whether blocks carry key codes with scales: a codec stores them anyway, selection needs at least an index."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 
 import pytest
 import torch
@@ -297,6 +298,16 @@ def test_a_device_that_is_not_here():
     with pytest.raises(ConfigError, match=r"^runtime\.device: .*'cuda'"):
         PiKVCache(SMALL, runtime)
     assert RuntimeConfig().torch_device == torch.device("cpu")
+
+
+def test_a_pickled_config_finds_its_device_anew(monkeypatch):
+    runtime = RuntimeConfig(max_tokens=64)
+    assert runtime.torch_device.type in ("cpu", "cuda")
+    bytes_ = pickle.dumps(runtime)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: runtime.torch_device.type == "cpu")
+    read = pickle.loads(bytes_)
+    assert read == runtime
+    assert read.torch_device.type != runtime.torch_device.type
 
 
 def test_deepspeed_json_holds_the_same_sections(tmp_path):
