@@ -85,9 +85,10 @@ void attend_runs(const float* queries, int64_t rows, const Keys& keys, const Val
   torch::stable::parallel_for(0, static_cast<int64_t>(pieces.size()), 1, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {
       const Piece& piece = pieces[i];
-      for (int64_t head = 0; raw && i == 0 && head < keys.groups; ++head)
-        attend_raw_head(queries + head * rows * padded(keys.dim), rows, *raw, head, nullptr, nullptr,
-                        partials[0].at(head * rows, values.dim));
+      if (raw && i == 0)
+        for (int64_t head = 0; head < keys.groups; ++head)
+          attend_raw_head(queries + head * rows * padded(keys.dim), rows, *raw, head, nullptr, nullptr,
+                          partials[0].at(head * rows, values.dim));
       set.attend_blocks(queries + piece.request * all_rows * padded(keys.dim), rows, keys, values, ids + piece.first,
                         piece.last - piece.first,
                         key_positions ? key_positions + piece.first * keys.block_size : nullptr,
@@ -98,10 +99,6 @@ void attend_runs(const float* queries, int64_t rows, const Keys& keys, const Val
     merge(partials.data() + begin[i], begin[i + 1] - begin[i], all_rows, values.dim, out + i * all_rows * values.dim,
           lse + i * all_rows);
 }
-
-}  // namespace
-
-namespace {
 
 // attend_blocks, or with raw tokens (both or neither) attend_decode.
 void attend_one(const Tensor& q, const MaybeTensor& raw_k, const MaybeTensor& raw_v, PIKV_KEY_ARGUMENTS,
