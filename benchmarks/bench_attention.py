@@ -26,8 +26,8 @@ from common import Mark, keep_memory, machine, medians, parse, parser, print_mar
 from torch import Tensor
 
 from pikv_megatron import ops
-from pikv_megatron.config_sections import AttentionConfig
-from pikv_megatron.selection import Source, count_of, read_selected
+from pikv_megatron.config.sections import AttentionConfig
+from pikv_megatron.reading.selection import Source, count_of, read_selected
 
 BLOCK, DIM = 32, 128
 SHAPES = {"Mixtral-8x7B": (8, 4), "Qwen3-30B-A3B": (4, 8)}  # KV heads, query heads per KV head

@@ -19,9 +19,9 @@ from common import Mark, keep_memory, machine, medians, parse, parser, print_mar
 from torch import Tensor
 
 from pikv_megatron import PiKVCache, ops
-from pikv_megatron.compressor import Compressor
+from pikv_megatron.codecs.compressor import Compressor
 from pikv_megatron.config import ModelConfig, RuntimeConfig, resolve
-from pikv_megatron.selection import count_of
+from pikv_megatron.reading.selection import count_of
 
 GROUPS, HEADS, DIM, BLOCK, EXPERTS, TOPK = 8, 4, 128, 32, 8, 2
 READ = 0.0625

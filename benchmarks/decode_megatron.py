@@ -33,7 +33,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from pikv_megatron.config import ModelConfig, RuntimeConfig
 from pikv_megatron.integrations import hf_weights, megatron
-from pikv_megatron.integrations.megatron_session import Session
+from pikv_megatron.integrations.megatron.session import Session
 from pikv_megatron.launch import init_megatron
 
 LAYERS, GROUPS, DIM, HEADS = 2, 8, 128, 32

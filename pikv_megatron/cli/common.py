@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from pikv_megatron.config import ModelConfig, RuntimeConfig, check_same_model, load
-from pikv_megatron.config_io import ConfigError, parse_yaml, read_yaml
-from pikv_megatron.launch_environment import read_launch
+from pikv_megatron.config.io import ConfigError, parse_yaml, read_yaml
+from pikv_megatron.launch.environment import read_launch
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL_MOE = ROOT / "assets" / "small_moe"

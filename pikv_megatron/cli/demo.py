@@ -30,7 +30,7 @@ from pikv_megatron.cli.common import (
 from pikv_megatron.facts import Document, documents, load_text
 
 if TYPE_CHECKING:
-    from pikv_megatron.integrations.megatron_session import Session
+    from pikv_megatron.integrations.megatron.session import Session
 
 BUDGETED = [
     "budget.policy=pyramid",
@@ -139,7 +139,7 @@ def ask_all(papers: Sequence[Document], args: argparse.Namespace) -> list[Row]:
     model = megatron_model(args.model, model_cfg, args.threads)
 
     from pikv_megatron.integrations import megatron
-    from pikv_megatron.integrations.megatron_session import Session
+    from pikv_megatron.integrations.megatron.session import Session
 
     reference: list[torch.Tensor] = []
     rows = []
@@ -193,7 +193,7 @@ def _ask(session: Session, paper: Document, row: Row) -> torch.Tensor:
 
 def _bytes(session: Session) -> tuple[dict[str, int], int]:
     """Bytes held by tier, and allocated in all."""
-    from pikv_megatron.integrations.megatron_contexts import PiKVInferenceContext
+    from pikv_megatron.integrations.megatron.contexts import PiKVInferenceContext
 
     if not isinstance(session.context, PiKVInferenceContext):
         return {"device": session.bytes_held}, session.bytes_held

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from pikv_megatron import ops
-from pikv_megatron.launch_environment import VARIABLES, LaunchError, read_launch
+from pikv_megatron.launch.environment import VARIABLES, LaunchError, read_launch
 from pikv_megatron.ops import reference
 
 PACKAGE = Path(__file__).resolve().parents[1]

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from pikv_megatron.cli.common import SMALL_MOE, SMALL_MOE_CONFIG, bundled, check_single_rank, read_config
 from pikv_megatron.cli.hosts import HOSTS, Request, Session
 from pikv_megatron.config import dump
-from pikv_megatron.launch_environment import read_launch
+from pikv_megatron.launch.environment import read_launch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pikv_megatron.cache import PiKVCache
+from pikv_megatron.cache.cache import PiKVCache
 from pikv_megatron.cli.common import megatron_model, set_threads
 from pikv_megatron.config import ModelConfig, RuntimeConfig, check_same_model
-from pikv_megatron.config_io import to_mapping
+from pikv_megatron.config.io import to_mapping
 
 
 class Session(Protocol):
@@ -65,7 +65,7 @@ def open_megatron(request: Request) -> Opened:
     model = megatron_model(request.path, request.model, request.threads, request.expert_parallel)
 
     from pikv_megatron.integrations import megatron
-    from pikv_megatron.integrations.megatron_session import Session
+    from pikv_megatron.integrations.megatron.session import Session
 
     context = megatron.attach(model, request.runtime).static_context(1, request.tokens)
     stock = Session.on_stock_cache(model, 1, request.tokens) if request.compare else None
@@ -77,7 +77,7 @@ def open_huggingface(request: Request) -> Opened:
     model = _huggingface_model(request)
 
     from pikv_megatron.integrations.huggingface import PiKVHFCache, model_config
-    from pikv_megatron.integrations.huggingface_session import Session
+    from pikv_megatron.integrations.huggingface.session import Session
 
     if request.model is not None:
         check_same_model(request.model, model_config(model))
@@ -92,7 +92,7 @@ def open_deepspeed(request: Request) -> Opened:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         from pikv_megatron.integrations import deepspeed
         from pikv_megatron.integrations.huggingface import PiKVHFCache
-        from pikv_megatron.integrations.huggingface_session import Session
+        from pikv_megatron.integrations.huggingface.session import Session
 
         model = _huggingface_model(request)
         deepspeed.init_distributed()
@@ -120,6 +120,6 @@ def _dtype(request: Request) -> torch.dtype:
 
 def _huggingface_model(request: Request) -> nn.Module:
     set_threads(request.threads)
-    from pikv_megatron.integrations.huggingface_session import load_model
+    from pikv_megatron.integrations.huggingface.session import load_model
 
     return load_model(Path(request.path), _dtype(request))

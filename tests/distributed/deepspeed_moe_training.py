@@ -60,7 +60,7 @@ def train(ranks: int, listener: Listener | None) -> list[float]:
     import deepspeed
     from deepspeed import comm
 
-    from pikv_megatron.integrations.deepspeed_moe import hook_moe
+    from pikv_megatron.integrations.deepspeed.moe import hook_moe
 
     torch.manual_seed(0)
     model = Model(ranks)

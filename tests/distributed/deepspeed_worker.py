@@ -16,7 +16,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path[:0] = [
     str(HERE),
-    str(HERE.parent / "integration"),
+    str(HERE.parent / "support"),
 ]  # the deepspeed launcher starts scripts without their folder
 
 
@@ -25,7 +25,7 @@ def main(output: str, whole: bool) -> None:
     import deepspeed_serving
     from deepspeed import comm
 
-    from pikv_megatron.integrations import deepspeed_support
+    from pikv_megatron.integrations.deepspeed import support as deepspeed_support
 
     torch.set_num_threads(1)
     backend = importlib.import_module("deepspeed.comm.torch")

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 from pikv_megatron import launch
 from pikv_megatron.facts import documents, load_text
 
-ASSETS = Path(__file__).parent.parent.parent / "assets"
+ASSETS = Path(__file__).parents[2] / "assets"
 
 
 def main(output: str) -> None:

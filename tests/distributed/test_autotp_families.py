@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pikv_megatron.launch_environment import VARIABLES
+from pikv_megatron.launch.environment import VARIABLES
 
 pytestmark = [
     pytest.mark.distributed,

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import slurm_cluster
 
-from pikv_megatron.launch_environment import VARIABLES
+from pikv_megatron.launch.environment import VARIABLES
 
 pytestmark = [
     pytest.mark.distributed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pikv_megatron.compressor import KEY_PLANES
+from pikv_megatron.codecs.compressor import KEY_PLANES
 from pikv_megatron.config import CODE_BITS
 from pikv_megatron.ops import reference
 from pikv_megatron.ops.reference import Keys, Values

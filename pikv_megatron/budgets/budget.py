@@ -1,0 +1,83 @@
+"""Budgets: how many tokens of one request each layer may hold on the device (PyramidKV, arXiv 2406.02069), and which
+blocks leave when it holds more.
+
+Whole blocks leave, never single tokens: a block is the unit of memory, of transfer and of recovery. Sinks and window
+always stay; up to block_size - 1 tokens that have left the window but do not fill a block yet ride on top of the
+budget, and so do the tokens of the newest append until they are sealed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pikv_megatron.config import ModelConfig, RuntimeConfig
+from pikv_megatron.config.io import ConfigError
+
+PYRAMID_BETA = 20
+"""PyramidKV's steepness: with a total alone, the last layer gets 1/beta of an average layer's share above the floor."""
+
+
+def layer_budgets(model: ModelConfig, runtime: RuntimeConfig) -> list[int] | None:
+    """Tokens of one request that each of model.full_layers may hold, C_i = C_1 - (i - 1) d, or None where budget.policy
+    is none.
+
+    Every layer needs at least sinks + window. With total_tokens and no step, the share above that floor falls
+    from layer to layer as in PyramidKV's code: its last layer gets 1/20 of the average.
+
+    Raises:
+        ConfigError: a layer's budget is below sinks + window; nothing is raised to it silently.
+    """
+    budget, layers = runtime.budget, len(model.full_layers)
+    if budget.policy == "none":
+        return None
+    floor = runtime.sinks + runtime.window
+    first: float
+    if budget.first_layer_tokens is not None:
+        first, step = float(budget.first_layer_tokens), float(budget.step or 0)
+        what = f"first_layer_tokens {budget.first_layer_tokens}, step {budget.step or 0}"
+    else:
+        assert budget.total_tokens is not None
+        average = budget.total_tokens / layers
+        what = f"total_tokens {budget.total_tokens}"
+        if budget.policy == "uniform" or layers == 1:
+            first, step = average, 0.0
+        elif budget.step is not None:
+            step = float(budget.step)
+            first = average + step * (layers - 1) / 2
+            what += f", step {budget.step}"
+        else:
+            above = average - floor
+            last_share = above / PYRAMID_BETA
+            first = floor + 2 * above - last_share
+            step = 2 * (above - last_share) / (layers - 1)
+    tokens = [int(first - i * step) for i in range(layers)]
+    for layer_id, count in enumerate(tokens):
+        if count < floor:
+            raise ConfigError(
+                f"runtime.budget ({what}): layer {model.full_layers[layer_id]} would get {count} tokens, "
+                f"expected at least sinks + window = {floor}"
+            )
+    return tokens
+
+
+def allowed_blocks(model: ModelConfig, runtime: RuntimeConfig) -> list[int] | None:
+    """Sealed blocks of one request that each layer's budget leaves on the device beside sinks and window (none of a
+    sliding-window layer); None where there is no budget.
+    """
+    budgets = layer_budgets(model, runtime)
+    if budgets is None:
+        return None
+    blocks = [0] * model.num_layers
+    for layer_id, tokens in zip(model.full_layers, budgets, strict=True):
+        blocks[layer_id] = (tokens - runtime.sinks - runtime.window) // runtime.block_size
+    return blocks
+
+
+def least_important(importance: Tensor, count: int) -> Tensor:
+    """Indices of the `count` blocks whose tokens received the least attention; ties go to the older block.
+
+    Args:
+        importance: [blocks, block_size] accumulated I_t = sum_h softmax(Q_h K_t^T / sqrt(d)), oldest block first.
+    """
+    return torch.argsort(importance.sum(-1), stable=True)[:count]

@@ -1,0 +1,1 @@
+"""The cache itself: `cache.PiKVCache`, what it holds of requests and layers, and the order of the stages."""

@@ -1,0 +1,237 @@
+"""The live requests of a cache: which slot, windows and blocks each has; making, copying, cutting and ending them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from pikv_megatron.cache import checks
+from pikv_megatron.cache.labels import Routing
+from pikv_megatron.cache.layout import gather_decoded
+from pikv_megatron.cache.sealing import LayerState, Sealer
+from pikv_megatron.cache.window import LayerWindow, RawTokens, WindowBuffer
+from pikv_megatron.codecs.compressor import Compressor
+from pikv_megatron.config import RuntimeConfig
+from pikv_megatron.streamer.streamer import Streamer
+from pikv_megatron.tiers.blocks import BlockPool, BlockTable, PoolFullError
+
+
+@dataclass
+class Request:
+    """One request: its slot in every layer's window buffer, and its state in each layer."""
+
+    slot: int
+    layers: list[LayerState]
+    routing: Routing = field(default_factory=dict)
+
+
+class Requests:
+    """The table of live requests by id."""
+
+    def __init__(
+        self,
+        runtime: RuntimeConfig,
+        compressor: Compressor,
+        tiers: list[BlockPool],
+        windows: list[WindowBuffer],
+        sealer: Sealer,
+        streamer: Streamer,
+    ) -> None:
+        self._runtime, self._compressor = runtime, compressor
+        self._tiers, self._windows, self._sealer, self._streamer = tiers, windows, sealer, streamer
+        self.live: dict[int, Request] = {}
+        self._free_slots = list(range(runtime.max_requests))
+
+    # ---- finding and making
+
+    def get(self, request_id: int) -> Request:
+        """A live request; raises UnknownRequestError."""
+        checks.check_request_id(request_id)
+        if request_id not in self.live:
+            raise checks.UnknownRequestError(f"request {request_id} does not exist; live requests: {sorted(self.live)}")
+        return self.live[request_id]
+
+    def get_each(self, request_ids: Sequence[int], tokens: int) -> list[Request]:
+        """Distinct live requests, one per token."""
+        if len(request_ids) != tokens or len(set(request_ids)) != tokens:
+            raise ValueError(f"request_ids: expected {tokens} different ones, one per token, got {list(request_ids)}")
+        return [self.get(request_id) for request_id in request_ids]
+
+    def check_slots(self, new: Sequence[int]) -> None:
+        """Raises PoolFullError where there are not slots enough for these new requests."""
+        if len(new) > len(self._free_slots):
+            names = ", ".join(map(str, new))
+            raise PoolFullError(
+                f"max_requests: {len(self.live)} of {self._runtime.max_requests} requests are live, no room for "
+                f"request {names}"
+            )
+
+    def create(self, request_id: int) -> Request:
+        """A new request without tokens; raises PoolFullError where there is no slot."""
+        self.check_slots([request_id])
+        slot = self._free_slots.pop(0)
+        layers = [
+            LayerState(
+                request_id,
+                layer_id,
+                LayerWindow(window, slot),
+                [BlockTable(pool) for pool in self._tiers],
+                window.sinks,
+                window.sliding,
+                sealed_end=window.sinks,
+            )
+            for layer_id, window in enumerate(self._windows)
+        ]
+        self.live[request_id] = Request(slot, layers)
+        return self.live[request_id]
+
+    # ---- ending
+
+    def release(self, request_id: int) -> None:
+        """Ends a request and frees its memory."""
+        self._drop(self.get(request_id))
+        del self.live[request_id]
+        self._streamer.released(request_id)
+
+    def _drop(self, request: Request) -> None:
+        for tier, pool in enumerate(self._tiers):
+            pool.free(self._blocks_of(request, tier))
+        self._free_slots.append(request.slot)
+
+    def _blocks_of(self, request: Request, tier: int) -> list[int]:
+        """A request's blocks in a tier, reserved ones included."""
+        reserved = [i for state in request.layers if state.reserved for i in state.reserved[tier]]
+        return [i for state in request.layers for i in state.tables[tier].ids] + reserved
+
+    # ---- copying
+
+    def fork(self, source: int, target: int) -> None:
+        """See PiKVCache.fork."""
+        original = self.get(source)
+        checks.check_request_id(target)
+        if target in self.live:
+            raise ValueError(f"target: expected a request that does not exist yet, {target} is live")
+        self.check_slots([target])
+        for tier, pool in enumerate(self._tiers):
+            pool.check_free(self._copied_blocks(original, tier), f"fork of request {source}")
+        self._copy(original, target)
+        self._streamer.forked(source, target)
+
+    def reorder(self, request_ids: Sequence[int], sources: Sequence[int]) -> None:
+        """See PiKVCache.reorder."""
+        requests = dict(zip(request_ids, self.get_each(request_ids, len(request_ids)), strict=True))
+        if len(sources) != len(request_ids) or not requests.keys() >= set(sources):
+            raise ValueError(f"sources: expected one of {list(request_ids)} for each of them, got {list(sources)}")
+        for source in sources:
+            checks.check_request_id(source)
+        goes_to = {source: [t for t, s in zip(request_ids, sources, strict=True) if s == source] for source in sources}
+        unused = [requests[r] for r in request_ids if r not in goes_to]
+        for tier, pool in enumerate(self._tiers):
+            needed = sum(self._copied_blocks(requests[s], tier) * (len(to) - 1) for s, to in goes_to.items())
+            freed = pool.freed_by(i for request in unused for i in self._blocks_of(request, tier))
+            pool.check_free(needed - freed, f"reorder of requests {list(request_ids)}")
+        for request in unused:
+            self._drop(request)
+        for request_id in request_ids:
+            del self.live[request_id]
+        for source, targets in goes_to.items():
+            keeper = source if source in targets else targets[0]
+            self.live[keeper] = requests[source]
+            for state in requests[source].layers:
+                state.request_id = keeper
+        for source, targets in goes_to.items():
+            for target in targets:
+                if target not in self.live:
+                    self._copy(requests[source], target)
+        for pool in self._tiers:
+            pool.generation += 1
+        self._streamer.reordered(request_ids, sources)
+
+    def _copied_blocks(self, request: Request, tier: int) -> int:
+        """Blocks that a copy of a request needs: reserved ones, and with a budget all, since it writes to them."""
+        if self._runtime.budget.policy != "none":
+            return len(self._blocks_of(request, tier))
+        return sum(len(state.reserved[tier]) for state in request.layers if state.reserved)
+
+    def _copy(self, original: Request, request_id: int) -> None:
+        copy = self.create(request_id)
+        copy.routing = {i: (n, ids.clone(), weights.clone()) for i, (n, ids, weights) in original.routing.items()}
+        for ours, theirs in zip(copy.layers, original.layers, strict=True):
+            ours.window.copy_from(theirs.window)
+            ours.length, ours.sealed_end = theirs.length, theirs.sealed_end
+            if theirs.reserved:
+                ours.reserved = [p.allocate(len(ids)) for p, ids in zip(self._tiers, theirs.reserved, strict=True)]
+            for mine, table in zip(ours.tables, theirs.tables, strict=True):
+                if self._runtime.budget.policy == "none":
+                    table.pool.share(table.ids)
+                    mine.extend(table.ids)
+                elif len(table):
+                    mine.extend(table.pool.allocate(len(table)))
+                    table.pool.copy_from(mine.tensor, table.pool, table.tensor)
+
+    # ---- cutting
+
+    def shortest_crop(self, request_id: int) -> int:
+        """See PiKVCache.shortest_crop."""
+        least = 1
+        for state in self.get(request_id).layers:
+            if state.sliding is not None:
+                leaving = self._windows[state.layer_id].overflow(state.window.tokens) * self._runtime.block_size
+                first = state.sealed_end + leaving  # the oldest position that is held once these are forgotten
+                least = max(least, first + state.sliding) if first else least
+        return least
+
+    def crop(self, request_id: int, length: int) -> None:
+        """See PiKVCache.crop."""
+        request = self.get(request_id)
+        longest, least = min(state.length for state in request.layers), self.shortest_crop(request_id)
+        if isinstance(length, bool) or not isinstance(length, int) or not least <= length <= longest:
+            raise ValueError(
+                f"length: expected {least} .. {longest} for request {request_id} (what its sliding-window layers still "
+                f"reach, and what every layer has), got {length!r}"
+            )
+        for state in request.layers:
+            if length < state.length:
+                self._crop_layer(state, length)
+        request.routing.clear()  # no layer has tokens to come that were observed already
+        self._streamer.cropped(request_id, length)
+
+    def _crop_layer(self, state: LayerState, length: int) -> None:
+        self._sealer.seal(state)  # nothing waits then, and nothing is reserved
+        if length >= state.sealed_end:
+            state.window.keep(state.window.tokens - (state.length - length))
+        else:
+            state.window.keep(min(length, state.sinks))
+            state.sealed_end = self._cut_blocks(state, max(length, state.sinks))
+        state.length = length
+
+    def _cut_blocks(self, state: LayerState, end: int) -> int:
+        """Frees the blocks that reach beyond position `end`. One that begins before it goes back to the window.
+
+        Returns: the position where the window goes on.
+        """
+        size, goes_on = self._runtime.block_size, end
+        for table in state.tables:
+            starts = table.pool.start[table.tensor].tolist()
+            leaving = {i: start for i, start in zip(table.ids, starts, strict=True) if start + size > end}
+            for block_id, start in leaving.items():
+                if start < end:
+                    self._reopen(state.window, table.pool, block_id, end - start)
+                    goes_on = start
+            table.remove(set(leaving))
+            table.pool.free(leaving)
+        return goes_on
+
+    def _reopen(self, window: LayerWindow, pool: BlockPool, block_id: int, count: int) -> None:
+        """Decodes the first `count` tokens of a block into a window."""
+        block = BlockTable(pool)
+        block.extend([block_id])
+        device = self._runtime.torch_device
+        k, v, _ = (x[:count] for x in gather_decoded([block], self._compressor, device))
+        expert_ids = pool.label[block_id].to(device).expand(count, window.topk)
+        weights = torch.zeros(count, window.topk, device=device)
+        weights[:, 0] = 1.0
+        importance = None if pool.importance is None else pool.importance[block_id, :count].to(device)
+        window.extend(RawTokens(k.transpose(0, 1), v.transpose(0, 1), expert_ids, weights, importance))

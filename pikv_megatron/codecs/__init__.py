@@ -1,0 +1,1 @@
+"""Codecs: how sealed blocks are stored."""

@@ -1,0 +1,81 @@
+"""A forward loop over a Hugging Face model and a cache, PiKV's or transformers' own: a prompt, then token by token.
+
+The counterpart of `megatron_session`, for one batch of equally long sequences where one wants the logits. The model may
+be wrapped, by DeepSpeed's engines for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils import logging
+
+from pikv_megatron.integrations.huggingface.cache import PiKVHFCache
+from pikv_megatron.integrations.huggingface.model import attention_layers, find_model
+from pikv_megatron.integrations.layer_hooks import after_each
+
+
+def load_model(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A checkpoint directory's causal language model, in eval mode, on the GPU where there is one. Looks nowhere else.
+
+    Raises:
+        OSError, ValueError: no such directory, or no checkpoint that transformers reads.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder / 'config.json'}: expected a Hugging Face checkpoint there")
+    shows = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    finally:
+        if shows:
+            logging.enable_progress_bar()
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Session:
+    """Sequences that grow together in a cache.
+
+    Args:
+        model: attached where the cache is PiKV's.
+        cache: fresh or reset.
+    """
+
+    def __init__(self, model: nn.Module, cache: Cache) -> None:
+        self.model, self.cache = model, cache
+
+    @classmethod
+    def on_stock_cache(cls, model: nn.Module) -> Session:
+        """On transformers' DynamicCache; an attached model runs on its former attention then."""
+        return cls(model, DynamicCache(config=find_model(model).config))
+
+    @torch.no_grad()
+    def feed(self, tokens: Tensor) -> Tensor:
+        """Appends tokens [batch, tokens]; returns the logits after the last one, [batch, vocabulary] float32, where the
+        model is.
+        """
+        tokens = tokens.to(next(self.model.parameters()).device)
+        out = self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1].float()
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of K and V that the cache holds for its sequences, from their storage."""
+        if isinstance(self.cache, PiKVHFCache):
+            return int(self.cache.cache.stats()["bytes_held"])
+        layers: Any = self.cache.layers
+        return sum(x.untyped_storage().nbytes() for layer in layers for x in (layer.keys, layer.values))
+
+    def on_layer_done(self, callback: Callable[[], object]) -> AbstractContextManager[int]:
+        """Calls `callback` after each layer's attention in a forward pass, for progress bars; yields how many there
+        are.
+        """
+        return after_each([module for _, module in attention_layers(find_model(self.model))], callback)

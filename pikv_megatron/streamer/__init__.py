@@ -1,0 +1,1 @@
+"""Streaming of a cache's state out of the process."""

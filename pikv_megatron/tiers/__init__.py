@@ -1,0 +1,1 @@
+"""Tiers: the memory that blocks are in."""

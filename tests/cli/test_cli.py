@@ -1,0 +1,279 @@
+"""The commands, run in this process on the small MoE: what they print, what they write, what they refuse."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pikv_megatron.cli import common, demo, main
+from pikv_megatron.config import load
+from pikv_megatron.facts import Fact, documents, load_text
+
+PROMPT = "And the LORD said unto Moses, #QX47 Go in unto Pharaoh. #AB12 And he went out from the king. #QX"
+
+
+def test_generate_streams_the_answer(capsys):
+    assert main(["generate", "--prompt", PROMPT, "--max-new-tokens", "2", "--quiet", "--threads", "1"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "47\n"
+    assert captured.err == ""
+
+
+def test_generate_compares_with_stock_and_writes_its_run(capsys, tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(PROMPT * 3)
+    argv = ["generate", "--prompt-file", str(prompt), "--max-new-tokens", "12", "--compare", "--chunk", "100"]
+    assert main([*argv, "--run-dir", str(tmp_path / "run"), "--threads", "1"]) == 0
+    figures = json.loads((tmp_path / "run" / "figures.json").read_text())
+    assert figures["max_logit_difference"] <= 1e-4
+    assert figures["prompt_tokens"] == len(PROMPT) * 3
+    assert figures["new_tokens"] == 12
+    total = len(PROMPT) * 3 + 12
+    assert figures["stock"]["kv_bytes"] == 4 * 2 * total * 2 * 32 * 4  # layers, K and V, tokens, groups, channels, fp32
+    captured = capsys.readouterr()
+    assert captured.out == (tmp_path / "run" / "text.txt").read_text() + "\n"
+    assert "largest logit difference from stock" in captured.err
+    model, runtime = load(tmp_path / "run" / "config.yaml")
+    assert (model, runtime) == common.read_config(common.SMALL_MOE_CONFIG)
+
+
+def test_generate_reports_the_largest_difference_of_all_steps(tmp_path):
+    """Fed again here, token by token: with INT4 the worst step is neither the first nor the last."""
+    overrides = ["codec.keys=int4", "codec.values=int4"]
+    argv = ["generate", "--prompt", PROMPT * 3, "--max-new-tokens", "12", "--compare", "--quiet", "--threads", "1"]
+    argv += [word for override in overrides for word in ("--set", override)]
+    assert main([*argv, "--run-dir", str(tmp_path)]) == 0
+    made = (tmp_path / "text.txt").read_bytes()
+    ours, stock = _sessions(overrides, len(PROMPT) * 3 + 12)
+    differences = []
+    for piece in ((PROMPT * 3).encode(), *(bytes([byte]) for byte in made[:-1])):
+        tokens = torch.tensor([list(piece)])
+        differences.append(float((ours.feed(tokens) - stock.feed(tokens)).abs().max()))
+    assert len(differences) == 12 and max(differences) > 2 * max(differences[0], differences[-1])
+    reported = json.loads((tmp_path / "figures.json").read_text())["max_logit_difference"]
+    assert reported == pytest.approx(max(differences), rel=1e-3)
+
+
+def _sessions(overrides, tokens):
+    """The small MoE on PiKV and on Megatron's own cache."""
+    from pikv_megatron.integrations import megatron
+    from pikv_megatron.integrations.megatron.session import Session
+
+    model = common.megatron_model(common.SMALL_MOE, None, 1)
+    runtime = common.read_config(common.SMALL_MOE_CONFIG, [f"max_tokens={tokens}", *overrides])[1]
+    context = megatron.attach(model, runtime).static_context(1, tokens)
+    return Session(model, context), Session.on_stock_cache(model, 1, tokens)
+
+
+def test_generate_ends_where_it_is_told_to(capsys, tmp_path):
+    argv = ["generate", "--prompt", PROMPT, "--threads", "1", "--quiet", "--run-dir", str(tmp_path / "run")]
+
+    def made() -> int:
+        return json.loads((tmp_path / "run" / "figures.json").read_text())["new_tokens"]
+
+    assert main([*argv, "--max-new-tokens", "20", "--stop", "7"]) == 0
+    assert capsys.readouterr().out == "47\n"
+    assert made() == 2
+    model = tmp_path / "model"
+    shutil.copytree(common.SMALL_MOE, model)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, ord("4")]}))
+    argv += ["--model", str(model), "--max-new-tokens", "5"]
+    assert main(argv) == 0
+    assert (capsys.readouterr().out, made()) == ("4\n", 1)
+    assert main([*argv, "--ignore-eos"]) == 0
+    assert (capsys.readouterr().out[:2], made()) == ("47", 5)
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    command = [sys.executable, "-m", "pikv_megatron", "demo", "--documents", "1", "--length", "200", "--facts", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 1
+
+
+def test_the_lowest_temperature_is_greedy(capsys):
+    argv = ["generate", "--prompt", PROMPT, "--max-new-tokens", "2", "--quiet", "--threads", "1"]
+    assert main([*argv, "--temperature", "1e-40"]) == 0
+    assert capsys.readouterr().out == "47\n"
+
+
+def test_a_tokenizer_that_is_none(capsys, tmp_path):
+    shutil.copytree(common.SMALL_MOE, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    assert main(["generate", "--prompt", "x", "--model", str(tmp_path / "model")]) == 2
+    assert "tokenizer.json: not a tokenizer" in capsys.readouterr().err
+
+
+def test_sampling_follows_its_seed(capsys):
+    def sample(seed: int) -> str:
+        argv = ["generate", "--prompt", PROMPT, "--max-new-tokens", "16", "--quiet", "--temperature", "2"]
+        assert main([*argv, "--seed", str(seed), "--threads", "1"]) == 0
+        return capsys.readouterr().out
+
+    first = sample(1)
+    assert sample(1) == first
+    assert sample(2) != first
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--prompt", "x", "--set", "attention.mod=exact"], "did you mean 'mode'?"),
+        (["--prompt", "x", "--set", "attention"], "expected key.path=value"),
+        (["--prompt", "x", "--set", "window.size=3"], "window is not a section"),
+        (["--prompt", "x", "--set", "model.topk=1"], "is for another model (topk: 1 here, 2 in the model)"),
+        (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens: expected at least 1"),
+        (["--prompt", "x" * 40, "--set", "max_tokens=64"], "exceed max_tokens 64"),
+        (["--prompt", ""], "expected some text"),
+        (["--prompt-file", "/does/not/exist"], "No such file"),
+        (["--prompt", "x", "--model", "/does/not/exist"], "/does/not/exist"),
+        (["--prompt", "x", "--temperature", "-1"], "--temperature: expected at least 0"),
+        (["--prompt", "x", "--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--prompt", "x", "--set", "tiers=[{kind: device"], "--set tiers=[{kind: device: not YAML"),
+        (["--prompt", "x", "--set", "codec={keys: int8, keys: int4}"], "the key 'keys' stands twice"),
+        (["--prompt", "x", "--run-dir", "/dev/null"], "/dev/null"),
+        (["--prompt", "x", "--temperature", "nan"], "--temperature: expected at least 0"),
+        (["--prompt", "x " * 150, "--set", "tiers=[{kind: device, bytes: 100000}]"], "capacity_tokens (32), got 364"),
+    ],
+)
+def test_generate_refuses(argv, message, capsys):
+    assert main(["generate", *argv]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_demo_table(capsys):
+    assert main(["demo", "--documents", "1", "--facts", "3", "--length", "400", "--quiet", "--threads", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    header = next(i for i, line in enumerate(lines) if line.startswith("cache"))
+    rows = lines[header + 1 : header + 1 + len(demo.CACHES)]
+    assert [row[:20].strip() for row in rows] == [name[:20].strip() for name in demo.CACHES]
+    for row in rows[:3]:
+        assert "3 of 3" in row
+
+
+LOSSY = ["codec.keys=int2", "codec.values=int2", "attention.mode=mass", "attention.epsilon=0.2"]
+INT8 = "PiKV INT8"
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """Three documents and the demo's rows for stock, INT8 and a lossy cache. In the third document half of the
+    questions expect an answer that the text does not give.
+    """
+    *papers, third = documents(
+        load_text(common.HELD_OUT_TEXT), count=3, length=320, num_facts=8, num_questions=8, seed=3
+    )
+    questions = [
+        Fact(f.key, b"%02d" % ((int(f.value) + 55) % 100)) if i % 2 else f for i, f in enumerate(third.questions)
+    ]
+    papers.append(dataclasses.replace(third, questions=tuple(questions)))
+    args = argparse.Namespace(config=common.SMALL_MOE_CONFIG, model=common.SMALL_MOE, threads=1, quiet=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "CACHES", {"stock": None, INT8: demo.CACHES[INT8], "lossy": LOSSY})
+        rows = demo.ask_all(papers, args)
+    assert [row.name for row in rows] == ["stock", INT8, "lossy"]
+    return papers, rows
+
+
+def test_demo_int8_answers_what_stock_answers(asked):
+    """All that the text answers: 8 and 8 and 4 of 8."""
+    _, (stock, int8, _) = asked
+    assert (stock.right, stock.asked) == (int8.right, int8.asked) == (20, 24)
+
+
+def test_demo_figures_are_those_of_an_independent_loop(asked, monkeypatch):
+    """Every question asked again here: answers, logits and certificates, over all documents and steps."""
+    papers, rows = asked
+    tokens = len(papers[0].text) + 8 * 5
+    right, differences, certificates = [0, 0], [], []
+    ours, _ = _sessions(LOSSY, tokens)
+    attention = ours.context.cache._attention
+    attend = attention.attend
+
+    def watch(state, rows, tokens):
+        attended = attend(state, rows, tokens)
+        if tokens == 1:
+            certificates.append(attended.missed[1].flatten())
+        return attended
+
+    monkeypatch.setattr(attention, "attend", watch)
+    for paper in papers:
+        ours.context.reset()
+        stock = type(ours).on_stock_cache(ours.model, 1, tokens)
+        for session in (stock, ours):
+            session.feed(torch.tensor([list(paper.text)]))
+        worst = 0.0
+        for fact in paper.questions:
+            chosen = []
+            for byte in fact.text:
+                logits = [session.feed(torch.tensor([[byte]]))[0] for session in (stock, ours)]
+                chosen.append([int(x.argmax()) for x in logits])
+                worst = max(worst, float((logits[0] - logits[1]).abs().max()))
+            for i in range(2):  # what follows "#QX" and "#QX4"
+                right[i] += [chosen[2][i], chosen[3][i]] == list(fact.value)
+        differences.append(worst)
+    assert [rows[0].right, rows[2].right] == right
+    assert rows[2].asked == 24 and rows[2].steps == 24 * 5
+    assert rows[0].difference == 0.0
+    assert max(differences) > 1.001 * differences[-1]  # else the last document's would do
+    assert rows[2].difference == pytest.approx(max(differences), rel=1e-3)
+    missed = torch.stack(certificates)
+    assert missed.max() > 1.5 * missed.mean()
+    lossy = demo.table(rows).splitlines()[-1].split()
+    assert lossy[1:4] == [str(right[1]), "of", "24"]
+    assert float(lossy[-3]) == pytest.approx(max(differences), rel=0.05)  # one decimal
+    assert float(lossy[-1]) == pytest.approx(float(missed.max()), abs=1e-4)
+
+
+def test_demo_bytes_are_those_of_storages():
+    """The stock row is the sum of Megatron's tensors; PiKV's is the live rows of its pools and windows."""
+    from pikv_megatron.integrations import megatron
+    from pikv_megatron.integrations.megatron.session import Session
+
+    (paper,) = documents(load_text(common.HELD_OUT_TEXT), count=1, length=400, num_facts=2, num_questions=2, seed=1)
+    model = common.megatron_model(common.SMALL_MOE, None, 1)
+    stock = Session.on_stock_cache(model, 1, 500)
+    demo._ask(stock, paper, demo.Row("stock"))
+    tensors = [t for pair in stock.context.key_value_memory_dict.values() for t in pair]
+    assert demo._bytes(stock)[0] == {"device": sum(t.numel() * t.element_size() for t in tensors)}
+
+    overrides = [f"max_tokens={500}", *(demo.CACHES["PiKV INT8, pyramid, top_k 25 %"] or []), "budget.total_tokens=800"]
+    attached = megatron.attach(model, common.read_config(common.SMALL_MOE_CONFIG, overrides)[1])
+    ours = Session(model, attached.static_context(1, 500))
+    demo._ask(ours, paper, demo.Row("ours"))
+    cache = ours.context.cache
+    expected = {}
+    for index, pool in enumerate(cache.tiers):
+        ids = [b for state in cache._requests[0].layers for b in state.tables[index].ids]
+        assert len(ids) == len(set(ids)) > 0
+        expected[pool.kind] = sum(t[i].numel() * t.element_size() for t in pool.tensors.values() for i in ids)
+    for window in cache._windows:
+        expected["device"] += sum(t[0].numel() * t.element_size() for t in window.tensors.values())
+    held, allocated = demo._bytes(ours)
+    assert held == expected
+    storages = [t for pool in cache.tiers for t in pool.tensors.values()]
+    storages += [t for window in cache._windows for t in window.tensors.values()]
+    assert allocated == sum(t.untyped_storage().nbytes() for t in storages) >= sum(held.values())
+
+
+def test_bundled_files_are_missed_by_name():
+    with pytest.raises(FileNotFoundError, match=r"/no/such/place: not found; it is part of a source checkout"):
+        common.bundled(Path("/no/such/place"))
+
+
+def test_threads_are_set():
+    common.megatron_model(common.SMALL_MOE, None, 1)
+    assert torch.get_num_threads() == 1

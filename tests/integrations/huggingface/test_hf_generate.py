@@ -1,0 +1,160 @@
+"""`generate` on PiKV equals `generate` on transformers' DynamicCache, for every family that is served: tokens and
+logits, over prompts and answers long enough that most tokens are read from sealed blocks.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hf_models import FAMILIES, MORE_FAMILIES, make, prompts
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedModel
+
+from pikv_megatron import PiKVCache
+from pikv_megatron.config.io import ConfigError
+from pikv_megatron.integrations.huggingface import PiKVHFCache, model_config
+from pikv_megatron.integrations.huggingface.model import routers
+
+RUNTIME = {"window": 8, "sinks": 2, "block_size": 8, "max_tokens": 4096}
+NEW = 64
+INT8_BOUND = 0.05
+"""Of the logits' standard deviation: how far the largest INT8 logit may be off."""
+
+
+class Models(NamedTuple):
+    """Two models of a family with the same weights: one on transformers' attention, one on PiKV."""
+
+    stock: PreTrainedModel
+    ours: PreTrainedModel
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def models(request):
+    return Models(make(request.param), make(request.param))
+
+
+def answers(model, cache, ids, mask, **options) -> tuple[Tensor, Tensor]:
+    """Tokens and logits of `generate`; sampling is seeded."""
+    torch.manual_seed(11)
+    options = {"max_new_tokens": NEW, "do_sample": False, "output_logits": True, **options}
+    out = model.generate(ids, attention_mask=mask, past_key_values=cache, return_dict_in_generate=True, **options)
+    return out.sequences, torch.stack(out.logits)
+
+
+def assert_equal_answers(models, ids, mask, **options) -> PiKVHFCache:
+    """The same tokens, and logits within 1e-4; returns our cache behind them."""
+    theirs, ours = DynamicCache(config=models.stock.config), PiKVHFCache(models.ours, RUNTIME)
+    tokens, logits = answers(models.stock, theirs, ids, mask, **options)
+    our_tokens, our_logits = answers(models.ours, ours, ids, mask, **options)
+    assert torch.equal(our_tokens, tokens)
+    torch.testing.assert_close(our_logits, logits, rtol=0, atol=1e-4)
+    assert ours.get_seq_length() == theirs.get_seq_length()
+    return ours
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_greedy_of_other_families(family):
+    ids, mask = prompts()
+    assert_equal_answers(Models(make(family), make(family)), ids, mask)
+
+
+def test_a_config_says_what_the_model_is(models):
+    """Where it can: MLA's shapes are the model's to tell."""
+    if "Deepseek" in type(models.stock).__name__:
+        with pytest.raises(ConfigError, match="pass the model itself"):
+            model_config(models.stock.config)
+    else:
+        assert model_config(models.stock.config) == model_config(models.stock)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_greedy(models, padded):
+    ids, mask = prompts()
+    mask = mask if padded else torch.ones_like(mask)
+    cache = assert_equal_answers(models, ids, mask)
+    for layer in range(len(cache)):  # pads are not stored
+        held = [cache.cache.length(layer, request_id) for request_id in cache.request_ids]
+        assert held == (mask.sum(1) + NEW - 1).tolist()
+    if None in (cache.cache.model.sliding_windows or [None]):
+        assert cache.cache.stats()["tiers"]["device"]["blocks_used"] > 3 * NEW // RUNTIME["block_size"]
+
+
+def test_beams(models):
+    ids, mask = prompts(rows=2)
+    cache = assert_equal_answers(models, ids, mask, num_beams=4, num_return_sequences=2)
+    assert cache.batch_size == 8
+
+
+def test_sampling(models):
+    ids, mask = prompts()
+    assert_equal_answers(models, ids, mask, do_sample=True, top_k=20, temperature=1.5)
+
+
+@pytest.mark.parametrize("by", ["another model", "prompt lookup"])
+def test_assisted_decoding(models, by, monkeypatch):
+    """Drafts are taken back by `crop`, some of them out of sealed blocks."""
+    taken_back, crop = [], PiKVCache.crop
+
+    def watched(self, request_id, length):
+        taken_back.append(self.length(0, request_id) - length)
+        crop(self, request_id, length)
+
+    monkeypatch.setattr(PiKVCache, "crop", watched)
+    ids, mask = prompts(rows=1)
+    if by == "another model":
+        options = {"assistant_model": make("Llama", num_hidden_layers=1)}
+        options["assistant_model"].generation_config.num_assistant_tokens = 6
+        options["assistant_model"].generation_config.num_assistant_tokens_schedule = "constant"
+    else:
+        options = {"prompt_lookup_num_tokens": 6, "max_matching_ngram_size": 1}
+    assert_equal_answers(models, ids, mask, **options)
+    assert sum(taken_back) > 6
+
+
+@torch.no_grad()
+def test_int8(models):
+    """The logits of DynamicCache's own answer. The routers' choices are held: near a tie, a small error makes another
+    expert of it, and a bound on logits would be one on luck.
+    """
+    ids, mask = prompts()
+    chosen: list[Any] = []
+    hooks = [r.gate.register_forward_hook(lambda gate, args, out: chosen.append(out)) for r in routers(models.stock)]
+    tokens, logits = answers(models.stock, DynamicCache(config=models.stock.config), ids, mask)
+    cache = PiKVHFCache(models.ours, {**RUNTIME, "codec": {"keys": "int8", "values": "int8"}})
+    replay = iter(chosen)
+    hooks += [r.gate.register_forward_hook(lambda gate, args, out: next(replay)) for r in routers(models.ours)]
+    mask, cuts = pad(mask, (0, NEW), value=1), [0, *range(ids.shape[1], tokens.shape[1])]
+    found = [
+        models.ours(tokens[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits[:, -1]
+        for a, b in pairwise(cuts)
+    ]
+    for hook in hooks:
+        hook.remove()
+    worst = (torch.stack(found) - logits).abs().max() / logits.std()
+    assert worst < INT8_BOUND
+    assert (worst > 1e-4) == (cache.cache.stats()["tiers"]["device"]["blocks_used"] > 0)  # sliding layers stay raw
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_a_compiled_model(family):
+    """torch.compile leaves the cache, its attention and the routers' hooks to eager; logits and labels as without."""
+    stock, model = make(family), make(family)
+    cache, expected = PiKVHFCache(model, RUNTIME), PiKVHFCache(stock, RUNTIME)
+    compiled = torch.compile(model)
+    ids, mask = prompts(2)
+    with torch.no_grad():
+        for columns in (40, 1, 1):
+            found = compiled(ids[:, :columns], attention_mask=mask, past_key_values=cache).logits
+            other = stock(ids[:, :columns], attention_mask=mask, past_key_values=expected).logits
+            assert (found - other)[:, -1].abs().max() < 1e-4
+            mask = pad(mask, (0, 1), value=1)
+    layers = [c.cache._requests[c.request_ids[1]].layers[1] for c in (cache, expected)]
+    labels, others = ([t.pool.label[t.tensor].tolist() for t in layer.tables] for layer in layers)
+    assert labels == others
+    assert len(set(labels[0])) > 1
