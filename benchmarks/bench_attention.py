@@ -193,17 +193,21 @@ def selective(q: Tensor, source: Source) -> dict[str, Callable[[], object]]:
     scale = DIM**-0.5
     count = count_of(READ, len(ids) * BLOCK)
     raw_lse = torch.zeros(q.shape[:2], device=q.device)  # a window that has some say
+    kept = count_of(PRUNE, len(ids))
+    counts = (len(ids), kept, len(ids) * BLOCK, kept * BLOCK, count)
+    rows, run_of = q.unsqueeze(0), {n: torch.tensor([0, n], device=q.device) for n in counts}
 
     def best_blocks() -> Tensor:
-        bound, centre, _ = ops.score_blocks(q, keys, ids, scale)
-        return ids[(0.5 * (bound + centre)).softmax(-1).sum(1).topk(count_of(PRUNE, len(ids)), dim=-1).indices]
+        bound, centre, _ = ops.score_blocks(rows, keys, ids, run_of[len(ids)], scale)
+        return ids[(0.5 * (bound + centre)).softmax(-1).sum(1).topk(kept, dim=-1).indices]
 
     def best_tokens(block_ids: Tensor) -> ops.Partial:
-        coarse = ops.score_tokens(q, keys, block_ids, scale).coarse.flatten(2)
-        index = ops.select_topk(ops.rank_tokens(coarse, raw_lse), count)
+        coarse = ops.score_tokens(rows, keys, block_ids, run_of[block_ids.shape[-1]], scale).coarse.flatten(2)
+        tokens = run_of[coarse.shape[2]]
+        index = ops.select_topk(ops.rank_tokens(coarse, raw_lse.unsqueeze(0), tokens), tokens, run_of[count], count)
         of_heads = block_ids if block_ids.dim() == 2 else block_ids.expand(len(q), -1)
         chosen = of_heads.gather(1, index // BLOCK)
-        return ops.attend_tokens(q, keys, values, chosen, index % BLOCK, scale)
+        return ops.attend_tokens(rows, keys, values, chosen, index % BLOCK, run_of[count], scale)
 
     def as_cache(prune: float) -> Callable[[], object]:
         config = AttentionConfig(mode="top_k", read_fraction=READ, prune_fraction=prune)
@@ -211,7 +215,7 @@ def selective(q: Tensor, source: Source) -> dict[str, Callable[[], object]]:
 
     return {
         "score and select blocks": best_blocks,
-        "score all tokens": partial(ops.score_tokens, q, keys, ids, scale),
+        "score all tokens": partial(ops.score_tokens, rows, keys, ids, run_of[len(ids)], scale),
         "top_k 6.25 %": lambda: best_tokens(ids),
         "top_k 6.25 % of pruned 25 %": lambda: best_tokens(best_blocks()),
         "read_selected 6.25 %": as_cache(1.0),

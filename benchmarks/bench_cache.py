@@ -122,12 +122,14 @@ def appends(device: torch.device) -> dict[str, Pair]:
 def reads(context: int, device: torch.device) -> dict[str, Pair]:
     compressor, pool = pool_of(context // BLOCK, device)
     keys, values = compressor.keys(pool), compressor.values(pool)
-    q = torch.randn(GROUPS, HEADS, DIM, device=device)
-    ids = torch.arange(context // BLOCK, device=device)
-    coarse = ops.score_tokens(q, keys, ids, DIM**-0.5).coarse.flatten(2)
-    rank, count = ops.rank_tokens(coarse, torch.zeros(q.shape[:2], device=device)), count_of(READ, context)
-    index = ops.select_topk(rank, count)
-    attend = partial(ops.attend_tokens, q, keys, values, index // BLOCK, index % BLOCK, DIM**-0.5)
+    q = torch.randn(1, GROUPS, HEADS, DIM, device=device)
+    ids, count = torch.arange(context // BLOCK, device=device), count_of(READ, context)
+    blocks, tokens, best = (torch.tensor([0, n], device=device) for n in (len(ids), context, count))
+    coarse = ops.score_tokens(q, keys, ids, blocks, DIM**-0.5).coarse.flatten(2)
+    rank = ops.rank_tokens(coarse, torch.zeros(q.shape[:3], device=device), tokens)
+    choose = partial(ops.select_topk, rank, tokens, best, count)
+    index = choose()
+    attend = partial(ops.attend_tokens, q, keys, values, index // BLOCK, index % BLOCK, best, DIM**-0.5)
     chosen = (index // BLOCK).unique()
 
     def behind_prefetch() -> None:
@@ -136,7 +138,7 @@ def reads(context: int, device: torch.device) -> dict[str, Pair]:
         attend()
 
     return {
-        "select_topk": (partial(ops.select_topk, rank, count), partial(torch.topk, rank, count, sorted=False)),
+        "select_topk": (choose, partial(torch.topk, rank, count, sorted=False)),
         "attend_tokens": (attend, behind_prefetch),
     }
 

@@ -18,7 +18,7 @@ from pikv_megatron.cache.stats import ReadMeter
 from pikv_megatron.cache.window import raw_positions
 from pikv_megatron.codecs.compressor import Compressor
 from pikv_megatron.config import ModelConfig, RuntimeConfig
-from pikv_megatron.reading.selection import Reading, Source, read_selected
+from pikv_megatron.reading.selection import Reading, Source, one_run, read_selected
 from pikv_megatron.tiers.blocks import BlockTable
 from pikv_megatron.tiers.tiers import resident
 
@@ -52,7 +52,21 @@ class Attention:
         if not sealed or config.mode == "exact" or tokens > 1:
             if tokens == 1 and len(sources) == 1:
                 s = sources[0]
-                merged = ops.attend_decode(rows, k, v, s.keys, s.values, s.block_ids, scale)
+                slot, first, last = torch.tensor([[0], [0], [k.shape[1]]]).to(rows.device)
+                out, lse = ops.attend_decode(
+                    rows.unsqueeze(0),
+                    k.unsqueeze(0),
+                    v.unsqueeze(0),
+                    slot,
+                    first,
+                    last,
+                    s.keys,
+                    s.values,
+                    s.block_ids,
+                    one_run(len(s.block_ids), rows.device),
+                    scale,
+                )
+                merged = ops.Partial(out[0], lse[0])
             else:
                 parts = [ops.attend_blocks(rows, s.keys, s.values, s.block_ids, scale) for s in sources]
                 merged = ops.merge_partials([ops.attend_window(rows, k, v, tokens, scale), *parts])
@@ -138,9 +152,15 @@ class Attention:
         state.window.add_importance(share(torch.matmul(rows.float() * scale, k.float().transpose(-1, -2)), keys_at))
         for table, s, at in zip(sealed, sources, blocks_at, strict=True):
             assert table.pool.importance is not None
-            received = share(ops.key_logits(rows, s.keys, s.block_ids, scale), at.flatten()).view_as(at)
+            received = share(self._key_logits(rows, s), at.flatten()).view_as(at)
             table.pool.importance.index_add_(0, table.tensor, received.to(table.pool.device))
         return merged
+
+    def _key_logits(self, rows: Tensor, source: Source) -> Tensor:
+        """Logits [G, R, tokens] of all tokens of a source."""
+        run = one_run(len(source.block_ids), rows.device)
+        logits: Tensor = ops.key_logits(rows.unsqueeze(0), source.keys, source.block_ids, run, self._model.scale)
+        return logits
 
     def _full_lse(
         self, rows: Tensor, window_lse: Tensor, merged: ops.Partial, sources: list[Source], reading: Reading
@@ -150,7 +170,7 @@ class Attention:
         """
         if reading.scores is not None:
             return merged.lse - torch.log1p(-reading.estimate)
-        logits = [ops.key_logits(rows, s.keys, s.block_ids, self._model.scale) for s in sources]
+        logits = [self._key_logits(rows, s) for s in sources]
         return torch.logsumexp(torch.cat([window_lse.unsqueeze(-1), *logits], -1), -1)
 
     def _add_importance(
@@ -174,11 +194,14 @@ class Attention:
         groups, per_group = rows.shape[0], rows.shape[1] // tokens
         rows = rows.view(groups, per_group, tokens, -1)[:, :, -seen:].flatten(1, 2)
         lse = lse.view(groups, per_group, tokens)[:, :, -seen:].flatten(1, 2)
-        state.window.add_importance(ops.window_importance(rows, lse, raw_k, seen, self._model.scale))
+        state.window.add_importance(ops.prompt_importance(rows, lse, raw_k, seen, self._model.scale))
         for i, (table, s) in enumerate(zip(sealed, sources, strict=True)):
             assert table.pool.importance is not None
             if scores is None:
-                share = ops.token_importance(rows, lse, s.keys, s.block_ids, self._model.scale)
+                run = one_run(len(s.block_ids), rows.device)
+                share = ops.token_importance(
+                    rows.unsqueeze(0), lse.unsqueeze(0), s.keys, s.block_ids, run, self._model.scale
+                )
             else:
                 share = (scores[i].coarse - lse[..., None, None]).exp_().sum((0, 1))
             table.pool.importance.index_add_(0, table.tensor, share.to(table.pool.device))

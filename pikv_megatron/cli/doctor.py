@@ -191,7 +191,8 @@ def _self_check(device: torch.device, problems: list[Problem]) -> str:
     """Whether the ops compute on small INT8 blocks what plain torch does."""
     generator = torch.Generator().manual_seed(0)
     k, v = (torch.randn(6, 2, 32, 64, generator=generator).to(device) for _ in range(2))
-    q, block_ids = torch.randn(2, 4, 64, generator=generator).to(device), torch.arange(6, device=device)
+    q, block_ids = torch.randn(1, 2, 4, 64, generator=generator).to(device), torch.arange(6, device=device)
+    run, window = (torch.tensor(x, device=device) for x in ([0, 6], [[2], [5], [30]]))
     planes = reference.quantize_block(k, 4, 4, True)
     codes, _, scale, zero = reference.quantize_block(v, 8, 0, False)
     keys, values = ops.Keys(None, *planes, 4, 4), ops.Values(None, codes, scale, zero, 8)
@@ -199,11 +200,11 @@ def _self_check(device: torch.device, problems: list[Problem]) -> str:
     calls = {
         "quantize_block": (k, 4, 4, True),
         "dequantize_block": (*planes, 4, 4, True),
-        "score_blocks": (q, keys, block_ids, 0.125),
-        "score_tokens": (q, keys, block_ids, 0.125),
-        "attend_blocks": (q, keys, values, block_ids, 0.125),
-        "attend_decode": (q, k[0], v[0], keys, values, block_ids, 0.125),
-        "attend_tokens": (q, keys, values, places, places, 0.125),
+        "score_blocks": (q, keys, block_ids, run, 0.125),
+        "score_tokens": (q, keys, block_ids, run, 0.125),
+        "attend_blocks": (q[0], keys, values, block_ids, 0.125),
+        "attend_decode": (q, k, v, *window, keys, values, block_ids, run, 0.125),
+        "attend_tokens": (q, keys, values, places, places, run, 0.125),
     }
 
     def same(name: str) -> bool:

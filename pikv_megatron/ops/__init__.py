@@ -113,11 +113,13 @@ key_logits = _resolve("key_logits")
 attend_ragged = _resolve("attend_ragged")
 attend_mass = _resolve("attend_mass")
 attend_window = _resolve("attend_window")
+attend_windows = _resolve("attend_windows")
 attend_at = _resolve("attend_at")
 attend_sliding = _resolve("attend_sliding")
 merge_partials = _resolve("merge_partials")
 token_importance = _resolve("token_importance")
 window_importance = _resolve("window_importance")
+prompt_importance = _resolve("prompt_importance")
 
 __all__ = [
     "BlockScores",
@@ -135,6 +137,7 @@ __all__ = [
     "attend_sliding",
     "attend_tokens",
     "attend_window",
+    "attend_windows",
     "backend",
     "block_bounds",
     "dequantize_block",
@@ -142,6 +145,7 @@ __all__ = [
     "key_logits",
     "merge_partials",
     "prefetch",
+    "prompt_importance",
     "quantize_block",
     "rank_tokens",
     "score_blocks",

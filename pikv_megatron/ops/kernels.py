@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from pikv_megatron.ops import reference
-from pikv_megatron.ops.reference import BlockScores, Keys, Partial, TokenScores, Values
-from pikv_megatron.ops.reference.score import refuse_low_rank
+from pikv_megatron.ops.reference import Keys, Partial, Values
 
 OUT_OPS = (
     "quantize_block",
@@ -64,44 +63,6 @@ def dequantize_block(
     return y
 
 
-def score_blocks(q: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float) -> BlockScores:
-    """See reference.score_blocks."""
-    refuse_low_rank(keys)
-    q = q.float().contiguous()
-    bound = q.new_empty(*q.shape[:2], block_ids.shape[0])
-    scores = BlockScores(bound, torch.empty_like(bound), torch.empty_like(bound))
-    _, _, _, scale, zero, *_ = _flat(keys)
-    bits = keys.hi_bits + keys.lo_bits
-    torch.ops.pikv.score_blocks_out(q, scale, zero, bits, block_ids, softmax_scale, *scores)
-    return scores
-
-
-def score_tokens(q: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float) -> TokenScores:
-    """See reference.score_tokens."""
-    refuse_low_rank(keys)
-    raw, high, _, scale, zero, hi_bits, lo_bits = _flat(keys)
-    assert keys.high is not None
-    q, block_ids = q.float().contiguous(), block_ids.contiguous()
-    coarse = q.new_empty(*q.shape[:2], block_ids.shape[-1], keys.high.shape[2])
-    radius = q.new_empty(coarse.shape[:3])
-    spread = torch.empty_like(radius)
-    torch.ops.pikv.score_tokens_out(
-        q,
-        raw,
-        high,
-        scale,
-        zero,
-        hi_bits,
-        lo_bits,
-        block_ids,
-        softmax_scale,
-        coarse,
-        radius,
-        spread,
-    )
-    return TokenScores(coarse, radius, spread)
-
-
 def _flat(fields: Keys | Values) -> list[Tensor | int | None]:
     """The fields but the low-rank part, as the ops take them; a pool's tensors are contiguous and pass as they are."""
     return [field.contiguous() if isinstance(field, Tensor) else field for field in fields[:-1]]
@@ -149,35 +110,6 @@ def attend_blocks(
     return partial
 
 
-def attend_decode(
-    q: Tensor, raw_k: Tensor, raw_v: Tensor, keys: Keys, values: Values, block_ids: Tensor, softmax_scale: float
-) -> Partial:
-    """See reference.attend_decode."""
-    q = q.float().contiguous()
-    partial = _empty_partial(q, raw_v.shape[-1])
-    stored = (*_flat(keys), *_flat(values), *_low_rank(keys, values))
-    torch.ops.pikv.attend_decode_out(q, _rows(raw_k), _rows(raw_v), *stored, block_ids, softmax_scale, *partial)
-    return partial
-
-
-def attend_tokens(
-    q: Tensor,
-    keys: Keys,
-    values: Values,
-    block_ids: Tensor,
-    offsets: Tensor,
-    softmax_scale: float,
-    read: Tensor | None = None,
-) -> Partial:
-    """See reference.attend_tokens."""
-    q, block_ids, offsets = q.float().contiguous(), block_ids.contiguous(), offsets.contiguous()
-    read = None if read is None else read.contiguous()
-    partial = _empty_partial(q, _value_dim(values))
-    stored = (*_flat(keys), *_flat(values), *_low_rank(keys, values))
-    torch.ops.pikv.attend_tokens_out(q, *stored, block_ids, offsets, softmax_scale, read, *partial)
-    return partial
-
-
 def append(keys: Keys, values: Values, block_ids: Tensor, new_k: Tensor, new_v: Tensor) -> None:
     """See reference.append."""
     torch.ops.pikv.append_out(_rows(new_k), _rows(new_v), block_ids, *keys[:-1], *values[:-1])
@@ -197,68 +129,6 @@ def attend_ragged(
     stored = (*_flat(keys), *_flat(values), *_low_rank(keys, values))
     torch.ops.pikv.attend_ragged_out(q, *stored, block_ids, first_blocks, softmax_scale, *partial)
     return partial
-
-
-def attend_mass(
-    q: Tensor,
-    stored: list[tuple[Keys, Values, Tensor]],
-    scores: list[TokenScores],
-    slope: float | None,
-    raw_lse: Tensor,
-    epsilon: float,
-    softmax_scale: float,
-) -> tuple[list[Partial], Tensor]:
-    """See reference.attend_mass. On CPU, of one pool without a low-rank part, little is read beyond what is needed;
-    else every key is, and the values of the tokens that are needed: reading until it is enough would keep most of a GPU
-    waiting.
-    """
-    low_rank = any(keys.low_rank or values.low_rank for keys, values, _ in stored)
-    if len(stored) == 1 and not q.is_cuda and not low_rank:
-        partial, read = _attend_mass_of_one(q, stored[0], scores[0], slope, raw_lse, epsilon, softmax_scale)
-        return [partial], read
-    rank = rank_tokens(torch.cat([s.coarse.flatten(2) for s in scores], -1), raw_lse)
-    logits = torch.cat([key_logits(q, keys, block_ids, softmax_scale) for keys, _, block_ids in stored], -1)
-    read = reference.select_mass(rank, scores, slope, logits, raw_lse, epsilon)
-    partials, first = [], 0
-    for (keys, values, block_ids), score in zip(stored, scores, strict=True):
-        size = score.coarse.shape[-1]
-        tokens = block_ids.repeat_interleave(size).expand(q.shape[0], -1)
-        offsets = torch.arange(size, device=q.device).repeat(len(block_ids)).expand_as(tokens)
-        mine = read[:, first : first + tokens.shape[1]]
-        partials.append(attend_tokens(q, keys, values, tokens, offsets, softmax_scale, mine))
-        first += tokens.shape[1]
-    return partials, read
-
-
-def _attend_mass_of_one(
-    q: Tensor,
-    pool: tuple[Keys, Values, Tensor],
-    score: TokenScores,
-    slope: float | None,
-    raw_lse: Tensor,
-    epsilon: float,
-    softmax_scale: float,
-) -> tuple[Partial, Tensor]:
-    keys, values, block_ids = pool
-    q = q.float().contiguous()
-    partial = _empty_partial(q, _value_dim(values))
-    coarse, extra = score.coarse.contiguous(), (score.radius if slope is None else score.spread).contiguous()
-    read = q.new_empty(q.shape[0], coarse.shape[2] * coarse.shape[3], dtype=torch.bool)
-    torch.ops.pikv.attend_mass_out(
-        q,
-        *_flat(keys),
-        *_flat(values),
-        block_ids,
-        coarse,
-        1.0 if slope is None else slope,
-        extra,
-        raw_lse.contiguous(),
-        epsilon,
-        softmax_scale,
-        *partial,
-        read,
-    )
-    return partial, read
 
 
 def attend_window(q: Tensor, k: Tensor, v: Tensor, query_tokens: int, softmax_scale: float) -> Partial:
@@ -303,54 +173,9 @@ def merge_partials(partials: list[Partial]) -> Partial:
     return merged
 
 
-def key_logits(q: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float) -> Tensor:
-    """See reference.key_logits."""
-    q = q.float().contiguous()
-    held = keys.raw if keys.raw is not None else keys.high
-    assert held is not None
-    logits = q.new_empty(*q.shape[:2], block_ids.shape[0] * held.shape[2])
-    torch.ops.pikv.key_logits_out(q, *_flat(keys), *_low_rank(keys), block_ids, softmax_scale, logits)
-    return logits
-
-
-def token_importance(q: Tensor, lse: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float) -> Tensor:
-    """See reference.token_importance."""
-    q = q.float().contiguous()
-    held = keys.raw if keys.raw is not None else keys.high
-    assert held is not None
-    importance = q.new_empty(block_ids.shape[0], held.shape[2])
-    stored = (*_flat(keys), *_low_rank(keys))
-    torch.ops.pikv.token_importance_out(q, lse.contiguous(), *stored, block_ids, softmax_scale, importance)
-    return importance
-
-
-def window_importance(q: Tensor, lse: Tensor, k: Tensor, query_tokens: int, softmax_scale: float) -> Tensor:
-    """See reference.window_importance."""
+def prompt_importance(q: Tensor, lse: Tensor, k: Tensor, query_tokens: int, softmax_scale: float) -> Tensor:
+    """See reference.prompt_importance."""
     q = q.float().contiguous()
     importance = q.new_empty(k.shape[1])
     torch.ops.pikv.window_importance_out(q, lse.contiguous(), _rows(k), query_tokens, softmax_scale, importance)
     return importance
-
-
-def rank_tokens(coarse: Tensor, raw_lse: Tensor) -> Tensor:
-    """See reference.rank_tokens."""
-    rank = coarse.new_empty(coarse.shape[0], coarse.shape[2])
-    torch.ops.pikv.rank_tokens_out(coarse.contiguous(), raw_lse.contiguous(), rank)
-    return rank
-
-
-def select_topk(scores: Tensor, count: int) -> Tensor:
-    """See reference.select_topk."""
-    if count > scores.shape[1]:
-        raise ValueError(f"count: expected at most {scores.shape[1]}, got {count}")
-    indices = scores.new_empty(scores.shape[0], count, dtype=torch.int64)
-    torch.ops.pikv.select_topk_out(scores.contiguous(), indices)
-    return indices
-
-
-def unread_mass(scores: TokenScores, slope: float, read: Tensor) -> tuple[Tensor, Tensor]:
-    """See reference.unread_mass."""
-    coarse, radius, spread = (t.contiguous() for t in scores)
-    by_spread, by_radius = coarse.new_empty(coarse.shape[:2]), coarse.new_empty(coarse.shape[:2])
-    torch.ops.pikv.unread_mass_out(coarse, slope, spread, radius, read.contiguous(), by_spread, by_radius)
-    return by_spread, by_radius

@@ -58,6 +58,11 @@ def count_of(fraction: float, total: int) -> int:
     return max(1, math.ceil(fraction * total - 1e-9))
 
 
+def one_run(count: int, device: torch.device) -> Tensor:
+    """Where the runs of a packed list begin and end that is one request's: [2] int64."""
+    return torch.tensor([0, count]).to(device)
+
+
 def read_selected(
     q: Tensor, sources: list[Source], raw_lse: Tensor, config: AttentionConfig, softmax_scale: float
 ) -> Reading:
@@ -91,14 +96,16 @@ def _read_top_k(
     whole = config.prune_fraction >= 1.0
     kept = [_prune(q, source, config.prune_fraction, softmax_scale, quest=False) for source in sources]
     scores = [
-        ops.score_tokens(q, source.keys, source.block_ids if whole else found.block_ids, softmax_scale)
+        _score_tokens(q, source, source.block_ids if whole else found.block_ids, softmax_scale)
         for source, found in zip(sources, kept, strict=True)
     ]
     joined = _join(scores)
     coarse = joined.coarse.flatten(2)
     total = sum(len(source.block_ids) * source.block_size for source in sources)
     count = min(count_of(config.read_fraction, total), coarse.shape[-1])
-    index = ops.select_topk(ops.rank_tokens(coarse, raw_lse), count)
+    first_tokens, first_chosen = one_run(coarse.shape[-1], q.device), one_run(count, q.device)
+    rank = ops.rank_tokens(coarse, raw_lse.unsqueeze(0), first_tokens)
+    index = ops.select_topk(rank, first_tokens, first_chosen, count)
 
     partials, first = [], 0
     for source, found in zip(sources, kept, strict=True):
@@ -107,7 +114,7 @@ def _read_top_k(
         local = index if here is None else (index - first).clamp(0, last - first - 1)
         block_ids = found.block_ids.gather(1, local // source.block_size)
         offsets = local % source.block_size
-        partials.append(ops.attend_tokens(q, source.keys, source.values, block_ids, offsets, softmax_scale, here))
+        partials.append(_attend_tokens(q, source, block_ids, offsets, softmax_scale, here))
         first = last
 
     read = torch.zeros_like(coarse[:, 0], dtype=torch.bool).scatter_(1, index, True)
@@ -119,16 +126,45 @@ def _read_mass(
     q: Tensor, sources: list[Source], raw_lse: Tensor, config: AttentionConfig, softmax_scale: float
 ) -> Reading:
     """Tokens in rank order until no query head of the group misses more than epsilon, see ops.reference.attend_mass."""
-    scores = [ops.score_tokens(q, s.keys, s.block_ids, softmax_scale) for s in sources]
-    stored = [(s.keys, s.values, s.block_ids) for s in sources]
+    scores = [_score_tokens(q, s, s.block_ids, softmax_scale) for s in sources]
+    stored = [(s.keys, s.values, s.block_ids, one_run(len(s.block_ids), q.device)) for s in sources]
     unread = [expect(s, source.keys) for s, source in zip(scores, sources, strict=True)]
     slope = None if config.epsilon_by == "certificate" else unread[0][1]
-    partials, read = ops.attend_mass(q, stored, [s for s, _ in unread], slope, raw_lse, config.epsilon, softmax_scale)
+    partials, reads = ops.attend_mass(
+        q.unsqueeze(0),
+        stored,
+        [s for s, _ in unread],
+        slope,
+        raw_lse.unsqueeze(0),
+        config.epsilon,
+        softmax_scale,
+    )
+    partials, read = [_first(p) for p in partials], torch.cat(reads, 1)
     nothing = torch.full_like(raw_lse, -math.inf)
     estimate, certificate = _missed(
         _join([s for s, _ in unread]), unread[0][1], read, [nothing, nothing], _read_lse(partials, raw_lse)
     )
     return Reading(partials, estimate, certificate, read.sum(-1), scores)
+
+
+def _score_tokens(q: Tensor, source: Source, block_ids: Tensor, softmax_scale: float) -> ops.TokenScores:
+    run = one_run(block_ids.shape[-1], q.device)
+    scores: ops.TokenScores = ops.score_tokens(q.unsqueeze(0), source.keys, block_ids, run, softmax_scale)
+    return scores
+
+
+def _attend_tokens(
+    q: Tensor, source: Source, block_ids: Tensor, offsets: Tensor, softmax_scale: float, read: Tensor | None = None
+) -> ops.Partial:
+    run = one_run(block_ids.shape[1], q.device)
+    return _first(
+        ops.attend_tokens(q.unsqueeze(0), source.keys, source.values, block_ids, offsets, run, softmax_scale, read)
+    )
+
+
+def _first(partial: ops.Partial) -> ops.Partial:
+    """The partial of the only request."""
+    return ops.Partial(partial.out[0], partial.lse[0])
 
 
 def _constant(tokens: int, q: Tensor) -> Tensor:
@@ -145,7 +181,8 @@ def _prune(q: Tensor, source: Source, fraction: float, softmax_scale: float, que
     nothing = q.new_full((groups, rows), -math.inf, dtype=torch.float32)
     if fraction >= 1.0:
         return _Kept(source.block_ids.expand(groups, -1), nothing, nothing)
-    bound, centre, spread = ops.score_blocks(q, source.keys, source.block_ids, softmax_scale)
+    run = one_run(len(source.block_ids), q.device)
+    bound, centre, spread = ops.score_blocks(q.unsqueeze(0), source.keys, source.block_ids, run, softmax_scale)
     ranked = bound.sum(1) if quest else (0.5 * (bound + centre)).softmax(-1).sum(1)
     chosen = ranked.topk(count_of(fraction, ranked.shape[-1]), dim=-1).indices
     pruned = torch.ones_like(ranked, dtype=torch.bool).scatter_(1, chosen, False).unsqueeze(1)
@@ -161,7 +198,7 @@ def _attend_whole(q: Tensor, source: Source, block_ids: Tensor, softmax_scale: f
     """Attention over every token of the blocks block_ids [G, n]."""
     offsets = torch.arange(source.block_size, device=q.device).repeat(block_ids.shape[1]).expand(block_ids.shape[0], -1)
     tokens = block_ids.repeat_interleave(source.block_size, 1)
-    return ops.attend_tokens(q, source.keys, source.values, tokens, offsets, softmax_scale)
+    return _attend_tokens(q, source, tokens, offsets, softmax_scale)
 
 
 def _join(scores: list[ops.TokenScores]) -> ops.TokenScores:
@@ -196,6 +233,6 @@ def _missed(
     scores: ops.TokenScores, slope: float, read: Tensor, rest: list[Tensor], read_lse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Softmax share of what was not read, expected and largest: read [G, tokens] bool, rest and read_lse [G, R]."""
-    unread = ops.unread_mass(scores, slope, read)
+    unread = [x[0] for x in ops.unread_mass(scores, slope, read, one_run(scores.coarse.shape[2], read.device))]
     expected, largest = (torch.sigmoid(torch.logaddexp(x, y) - read_lse) for x, y in zip(unread, rest, strict=True))
     return torch.minimum(expected, largest), largest

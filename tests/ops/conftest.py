@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from one_request import OneRequest
 
 import pikv_megatron.ops
 from pikv_megatron.ops import reference
@@ -16,7 +17,8 @@ class _Kernels:
 
 
 @pytest.fixture(params=["reference", "scalar", "avx2", "avx512"])
-def ops(request):
+def every(request):
+    """The ops, those of decode steps for several requests at once."""
     if request.param == "reference":
         yield reference
         return
@@ -29,3 +31,9 @@ def ops(request):
         pytest.skip(f"this processor has no {request.param}")
     yield _Kernels()
     pikv_megatron.ops.use_kernels(running)
+
+
+@pytest.fixture
+def ops(every):
+    """The ops, those of decode steps for one request."""
+    return OneRequest(every)

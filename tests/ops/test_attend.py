@@ -257,6 +257,7 @@ def test_inputs_are_left_as_they_were(ops, codec):
     ops.attend_window(q, window, window, 2, 0.2)
     ops.score_tokens(q, held.keys, ids, 0.2)
     ops.token_importance(q, partial.lse, held.keys, ids, 0.2)
-    ops.window_importance(q, partial.lse, window, 2, 0.2)
+    ops.window_importance(q, partial.lse, window, 0.2)
+    ops.prompt_importance(q, partial.lse, window, 2, 0.2)
     for now, then in zip(tensors, before, strict=True):
         assert torch.equal(now, then)

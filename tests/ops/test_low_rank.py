@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from one_request import OneRequest
 from stored import dense_rows, random_store, rows_of, with_parts
 
 from pikv_megatron.ops import reference
@@ -112,7 +113,7 @@ def test_mass(ops, rank_k, rank_v):
         nothing = torch.full((GROUPS, 3), -torch.inf)
         stored = [(held.keys, held.values, ids)]
         (partial,), read = ops.attend_mass(q, stored, [scores], None, nothing, epsilon, 0.125)
-        _, expected = reference.attend_mass(q, stored, [scores], None, nothing, epsilon, 0.125)
+        _, expected = OneRequest(reference).attend_mass(q, stored, [scores], None, nothing, epsilon, 0.125)
         assert torch.equal(read.sum(-1), expected.sum(-1))
         assert 0 < read.sum() < read.numel()
         out, lse = dense_rows(q, k, v, 0.125, read.unsqueeze(1))

@@ -12,6 +12,7 @@ import random
 
 import pytest
 import torch
+from one_request import OneRequest
 from stored import dense_rows, random_store, rows_of, with_parts
 
 from pikv_megatron.ops import reference
@@ -91,7 +92,7 @@ def _check(ops, case, ranks=(0, 0)) -> None:
         for i, run in enumerate((ids[: first[1]], ids[first[1] :])):
             _close(ops.Partial(both.out[i], both.lse[i]), dense_rows(q, *rows_of(held, run), scale))
         coarse = ops.score_tokens(q, bare, ids, scale).coarse
-        truth = reference.score_tokens(q.double(), bare, ids, scale).coarse
+        truth = OneRequest(reference).score_tokens(q.double(), bare, ids, scale).coarse
         assert (coarse - truth).abs().max() <= 1e-5 * truth.abs().max()
     k, v = rows_of(held, ids)
     k, v = torch.cat([k, window_k.double()], 1), torch.cat([v, window_v.double()], 1)

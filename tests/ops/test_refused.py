@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from one_request import OneRequest
 from stored import random_store
 
 import pikv_megatron.ops
@@ -12,6 +13,7 @@ from pikv_megatron.ops.reference import Keys
 
 pytestmark = pytest.mark.skipif(pikv_megatron.ops.kernel_set is None, reason="the compiled ops are not built")
 OPS = torch.ops.pikv
+ONE = OneRequest(pikv_megatron.ops)
 G, R, B, D, N = 2, 3, 16, 32, 5
 
 
@@ -71,18 +73,18 @@ def test_keys_of_one_byte_have_no_high_plane_to_score_by(q, held):
     keys, ids = Keys(None, high, None, scale, zero, 8, 0), torch.arange(N)
     for call in (
         lambda: pikv_megatron.ops.attend_blocks(q, keys, held.values, ids, 0.2),
-        lambda: pikv_megatron.ops.key_logits(q, keys, ids, 0.2),
-        lambda: pikv_megatron.ops.score_tokens(q, keys, ids, 0.2),
+        lambda: ONE.key_logits(q, keys, ids, 0.2),
+        lambda: ONE.score_tokens(q, keys, ids, 0.2),
     ):
         with pytest.raises(RuntimeError, match="keys: no kernel has planes of 8 and 0 bits"):
             call()
     with pytest.raises(RuntimeError, match="bits: expected 2, 4 or 8, got 3"):
-        pikv_megatron.ops.score_blocks(q, held.keys._replace(hi_bits=3, lo_bits=0), ids, 0.2)
+        ONE.score_blocks(q, held.keys._replace(hi_bits=3, lo_bits=0), ids, 0.2)
 
 
 @pytest.mark.parametrize("wrong", [-1, N])
 def test_blocks_outside_the_pool(q, held, wrong):
-    ops, ids = pikv_megatron.ops, torch.tensor([0, wrong])
+    ops, ids = ONE, torch.tensor([0, wrong])
     lists, nothing = ids.expand(G, -1), torch.zeros(G, 2, dtype=torch.int64)
     runs = torch.tensor([0, 1, 2])
     scores = ops.score_tokens(q, held.keys, torch.arange(2), 0.2)
@@ -105,7 +107,7 @@ def test_blocks_outside_the_pool(q, held, wrong):
 def test_tokens_outside_their_block(q, held, wrong):
     ids, offsets = torch.zeros(G, 2, dtype=torch.int64), torch.tensor([[0, 0], [0, wrong]])
     with pytest.raises(RuntimeError, match=rf"offsets: expected 0 \.\. {B - 1}, got {wrong}"):
-        pikv_megatron.ops.attend_tokens(q, held.keys, held.values, ids, offsets, 0.2)
+        ONE.attend_tokens(q, held.keys, held.values, ids, offsets, 0.2)
 
 
 @pytest.mark.parametrize("first", [[1, 2, 3], [0, 4, 3], [0, 1, 2], [0, -1, 3]])
@@ -128,7 +130,7 @@ def test_new_blocks_of_another_dtype_than_the_pool():
 @pytest.mark.parametrize("kernels", ["scalar", "avx2", "avx512"])
 def test_queries_that_are_no_numbers_do_no_harm(held, kernels):
     """The cache refuses them unless it is told not to look; the answer is then worth nothing, but that is all."""
-    ops, running = pikv_megatron.ops, pikv_megatron.ops.kernel_set
+    ops, running = ONE, pikv_megatron.ops.kernel_set
     try:
         ops.use_kernels(kernels)
     except RuntimeError:

@@ -1,11 +1,12 @@
-"""block_bounds, score_blocks, score_tokens, token_importance and window_importance: what is called a bound is one, in
-float64 and whatever the scales; what is called an estimate is close.
+"""block_bounds, score_blocks, score_tokens and the three ops of importance: what is called a bound is one, in float64
+and whatever the scales; what is called an estimate is close.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+from one_request import OneRequest
 from stored import dense_rows, random_store, rows_of, store
 
 from pikv_megatron.ops import reference
@@ -130,7 +131,7 @@ def test_radius_and_spread_are_the_references(ops, keys, codec, q):
     """What they add for rounding is too little for any key to miss it; no spread exceeds its radius."""
     held = store(keys, keys, codec)
     ids = torch.arange(len(keys))
-    mine, truth = (lib.score_tokens(q, held.keys, ids, SCALE) for lib in (ops, reference))
+    mine, truth = (lib.score_tokens(q, held.keys, ids, SCALE) for lib in (ops, OneRequest(reference)))
     torch.testing.assert_close(mine.radius, truth.radius, rtol=1e-5, atol=0)
     torch.testing.assert_close(mine.spread, truth.spread, rtol=1e-5, atol=0)
     assert (mine.spread <= mine.radius).all()
@@ -199,7 +200,7 @@ def test_token_importance_is_the_attention_received(ops, codec, heads):
 
 
 @pytest.mark.parametrize(("size", "query_tokens"), [(20, 1), (20, 3), (20, 20), (150, 5), (150, 100)])
-def test_window_importance_is_causal(ops, size, query_tokens):
+def test_prompt_importance_is_causal(ops, size, query_tokens):
     """Of few keys, and of more than are taken in at a time."""
     rng, heads = torch.Generator().manual_seed(13), 2
     q, k = torch.randn(2, heads * query_tokens, 16, generator=rng), torch.randn(2, size, 16, generator=rng)
@@ -208,6 +209,8 @@ def test_window_importance_is_causal(ops, size, query_tokens):
     _, lse = dense_rows(q, k, k, SCALE, seen)
     logits = torch.einsum("grd,gsd->grs", q.double(), k.double()) * SCALE
     weights = (logits - lse.unsqueeze(-1)).exp() * seen
-    importance = ops.window_importance(q, lse.float(), k, query_tokens, SCALE)
+    importance = ops.prompt_importance(q, lse.float(), k, query_tokens, SCALE)
     torch.testing.assert_close(importance.double(), weights.sum((0, 1)), rtol=1e-4, atol=1e-6)
     assert importance.sum().item() == pytest.approx(2 * heads * query_tokens, rel=1e-4)
+    if query_tokens == 1:
+        torch.testing.assert_close(ops.window_importance(q, lse.float(), k, SCALE), importance, rtol=1e-5, atol=1e-6)

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from one_request import OneRequest
 from stored import random_store
 
-from pikv_megatron.ops import reference
+from pikv_megatron.ops import reference as plain
 
 GROUPS, HEADS, SIZE, DIM, VALUE_DIM, BLOCKS = 3, 5, 16, 64, 32, 70
 SCALE = DIM**-0.5
+reference = OneRequest(plain)
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from dense import attend_retrieved, generator, model_config, random_kv, random_q, runtime_config, step
+from one_request import OneRequest
 from stored import Stored, dense_rows, random_store, rows_of, store
 
 from pikv_megatron import PiKVCache, ops
@@ -57,7 +58,7 @@ def _logits(q, k) -> torch.Tensor:
 
 def _scores(q, held) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[G, R, tokens] float64: coarse; the largest logits; the expected ones, nearer to the block's mean than coarse."""
-    scores = ops.score_tokens(q, held.keys, torch.arange(len(held.k)), SCALE)
+    scores = OneRequest(ops).score_tokens(q, held.keys, torch.arange(len(held.k)), SCALE)
     coarse, radius, spread = (x.double() for x in scores)
     slope, variance = plane_error(held.keys.raw is not None, held.keys.hi_bits, held.keys.lo_bits, SIZE)
     mean = coarse.mean(-1, keepdim=True)

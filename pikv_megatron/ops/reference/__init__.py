@@ -3,6 +3,10 @@
 Shapes, used throughout (DESIGN 2): `blocks` stored blocks of `B` tokens; `G` KV heads (num_query_groups); `D` key and
 `E` value channels; `R` query rows of one KV head: heads_per_group x query tokens, so that GQA's query heads are rows of
 one matrix. A partial is (output normalised over the keys it saw, log-sum-exp of its logits), both float32.
+
+What a decode step needs is done for its `n` requests at once, one of them or many: q is [n, G, R, D], and lists of
+blocks or tokens are packed, the requests' runs one after another. `first_blocks` or `first_tokens`, [n + 1] int64 on
+the device of the list, say where each run begins, and where the last one ends. A run may be empty.
 """
 
 from pikv_megatron.ops.reference.attend import (
@@ -17,6 +21,7 @@ from pikv_megatron.ops.reference.attend import (
     attend_sliding,
     attend_tokens,
     attend_window,
+    attend_windows,
     key_logits,
     merge_partials,
 )
@@ -42,12 +47,21 @@ from pikv_megatron.ops.reference.score import (
     BlockScores,
     TokenScores,
     block_bounds,
+    prompt_importance,
     score_blocks,
     score_tokens,
     token_importance,
     window_importance,
 )
-from pikv_megatron.ops.reference.select import attend_mass, rank_tokens, select_mass, select_topk, unread_mass
+from pikv_megatron.ops.reference.select import (
+    attend_mass,
+    in_rank_order,
+    rank_tokens,
+    request_major,
+    select_mass,
+    select_topk,
+    unread_mass,
+)
 
 __all__ = [
     "CHUNK_BYTES",
@@ -69,18 +83,22 @@ __all__ = [
     "attend_sliding",
     "attend_tokens",
     "attend_window",
+    "attend_windows",
     "block_bounds",
     "decode_keys",
     "decode_low_rank",
     "decode_values",
     "dequantize_block",
     "gather_tokens",
+    "in_rank_order",
     "key_logits",
     "merge_partials",
     "pack",
     "prefetch",
+    "prompt_importance",
     "quantize_block",
     "rank_tokens",
+    "request_major",
     "round_half_down",
     "round_half_up",
     "score_blocks",

@@ -66,15 +66,57 @@ def attend_blocks(
 
 
 def attend_decode(
-    q: Tensor, raw_k: Tensor, raw_v: Tensor, keys: Keys, values: Values, block_ids: Tensor, softmax_scale: float
+    q: Tensor,
+    raw_k: Tensor,
+    raw_v: Tensor,
+    slots: Tensor,
+    raw_first: Tensor,
+    raw_last: Tensor,
+    keys: Keys,
+    values: Values,
+    block_ids: Tensor,
+    first_blocks: Tensor,
+    softmax_scale: float,
 ) -> Partial:
-    """Attention of one decode token to a request's raw tokens and to the blocks of one pool, together.
+    """Attention of one decode token of each request to its raw tokens and to its blocks of one pool, together.
+
+    Args: as in attend_windows and attend_ragged.
+    """
+    raw = attend_windows(q, raw_k, raw_v, slots, raw_first, raw_last, softmax_scale)
+    return merge_partials([raw, attend_ragged(q, keys, values, block_ids, first_blocks, softmax_scale)])
+
+
+def attend_windows(
+    q: Tensor, raw_k: Tensor, raw_v: Tensor, slots: Tensor, raw_first: Tensor, raw_last: Tensor, softmax_scale: float
+) -> Partial:
+    """Attention of one decode token of each request to its raw tokens, which lie in one buffer for all.
 
     Args:
-        q: [G, R, D]. raw_k: [G, S, D], S at least 1. raw_v: [G, S, E]. The others as in attend_blocks.
+        q: [n, G, R, D]. raw_k: [slots, G, C, D], raw_v: [slots, G, C, E], in the model's dtype.
+        slots, raw_first, raw_last: [n] int64; request i has the tokens raw_first[i] up to raw_last[i] of slots[i].
+
+    Returns:
+        out [n, G, R, E], lse [n, G, R]; a request without raw tokens has out 0 and lse -inf.
     """
-    raw = attend_window(q, raw_k, raw_v, 1, softmax_scale)
-    return merge_partials([raw, attend_blocks(q, keys, values, block_ids, softmax_scale)])
+    logits, seen = raw_logits(q, raw_k, slots, raw_first, raw_last, softmax_scale)
+    v = raw_v.index_select(0, slots).float().masked_fill_(~seen[:, None, :, None], 0.0)
+    return attend_logits(logits.masked_fill_(~seen[:, None, None], -math.inf), v)
+
+
+def raw_logits(
+    q: Tensor, raw_k: Tensor, slots: Tensor, raw_first: Tensor, raw_last: Tensor, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Logits [n, G, R, C] of each request's slot of the buffer, and which of its tokens are the request's: [n, C]."""
+    places = torch.arange(raw_k.shape[2], device=q.device)
+    seen = (places >= raw_first.unsqueeze(1)) & (places < raw_last.unsqueeze(1))
+    return torch.matmul(q.float() * softmax_scale, raw_k.index_select(0, slots).float().transpose(-1, -2)), seen
+
+
+def runs(first: Tensor, total: int) -> list[tuple[int, int]]:
+    """Where each request's run of a packed list of `total` begins and ends, from first [n + 1]. Of one request it is
+    the whole list; of several, the tensor is read, which waits for a device.
+    """
+    return [(0, total)] if len(first) == 2 else list(itertools.pairwise(first.tolist()))
 
 
 def attend_ragged(
@@ -83,19 +125,22 @@ def attend_ragged(
     """Attention of several requests at once, each over its own run of whole blocks.
 
     Args:
-        q: [requests, G, R, D]. block_ids: [n], the requests' blocks one after another.
-        first_blocks: [requests + 1], where each request's run begins, and n; a run may be empty.
+        q: [n, G, R, D]. block_ids: [T], the requests' blocks one after another.
+        first_blocks: [n + 1], where each request's run begins, and T; a run may be empty.
 
     Returns:
-        out [requests, G, R, E], lse [requests, G, R]; a request without blocks has out 0 and lse -inf.
+        out [n, G, R, E], lse [n, G, R]; a request without blocks has out 0 and lse -inf.
     """
-    value_dim = _value_dim(values)
-    out, lse = q.new_zeros(*q.shape[:3], value_dim, dtype=torch.float32), q.new_full(q.shape[:3], -math.inf).float()
-    ends = first_blocks.tolist()
-    for i, (first, last) in enumerate(itertools.pairwise(ends)):
-        if first < last:
-            out[i], lse[i] = attend_blocks(q[i], keys, values, block_ids[first:last], softmax_scale)
-    return Partial(out, lse)
+    ends = runs(first_blocks, len(block_ids))
+    parts = [
+        attend_blocks(rows, keys, values, block_ids[a:b], softmax_scale) for rows, (a, b) in zip(q, ends, strict=True)
+    ]
+    return _stacked(parts)
+
+
+def _stacked(parts: list[Partial]) -> Partial:
+    """Partials of one request each as one of all of them."""
+    return Partial(*(torch.stack(part) for part in zip(*parts, strict=True)))
 
 
 def _value_dim(values: Values) -> int:
@@ -109,10 +154,14 @@ def _finish(out: Tensor, total: Tensor, high: Tensor) -> Partial:
     return Partial(out / total.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1), high + total.log())
 
 
-def key_logits(q: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float) -> Tensor:
-    """Logits of whole blocks: q [G, R, D], block_ids [n] -> [G, R, n * B] float32."""
-    logits = torch.matmul(q.float() * softmax_scale, decode_keys(keys, block_ids).transpose(-1, -2))
-    return logits.permute(1, 2, 0, 3).flatten(2)
+def key_logits(q: Tensor, keys: Keys, block_ids: Tensor, first_blocks: Tensor, softmax_scale: float) -> Tensor:
+    """Logits of whole blocks with the rows of their request: [G, R, T * B] float32. Arguments as in attend_ragged."""
+    q = q.float() * softmax_scale
+    parts = [
+        torch.matmul(rows, decode_keys(keys, block_ids[a:b]).transpose(-1, -2)).permute(1, 2, 0, 3).flatten(2)
+        for rows, (a, b) in zip(q, runs(first_blocks, len(block_ids)), strict=True)
+    ]
+    return torch.cat(parts, -1)
 
 
 def attend_masked(logits: Tensor, read: Tensor, values: Values, block_ids: Tensor) -> Partial:
@@ -127,25 +176,33 @@ def attend_tokens(
     values: Values,
     block_ids: Tensor,
     offsets: Tensor,
+    first_tokens: Tensor,
     softmax_scale: float,
     read: Tensor | None = None,
 ) -> Partial:
-    """Attention of q over single tokens of blocks.
+    """Attention of each request's rows over single tokens of blocks.
 
     Args:
-        q: [G, R, D]. block_ids, offsets: [G, n], the token's block and its place in it.
-        read: [G, n] bool; tokens where it is False are left out.
+        q: [n, G, R, D]. block_ids, offsets: [G, M], the token's block and its place in it, the requests' tokens one
+            after another. first_tokens: [n + 1], where each request's begin, and M.
+        read: [G, M] bool; tokens where it is False are left out.
+
+    Returns:
+        out [n, G, R, E], lse [n, G, R]; where nothing is read out is 0 and lse -inf.
     """
     k, v = gather_tokens(keys, values, block_ids, offsets)
-    logits = torch.matmul(q.float() * softmax_scale, k.transpose(-1, -2))
-    if read is not None:
-        logits.masked_fill_(~read.unsqueeze(1), -math.inf)
-    return attend_logits(logits, v)
+    parts = []
+    for rows, (a, b) in zip(q, runs(first_tokens, block_ids.shape[1]), strict=True):
+        logits = torch.matmul(rows.float() * softmax_scale, k[:, a:b].transpose(-1, -2))
+        if read is not None:
+            logits.masked_fill_(~read[:, a:b].unsqueeze(1), -math.inf)
+        parts.append(attend_logits(logits, v[:, a:b]))
+    return _stacked(parts)
 
 
 def attend_logits(logits: Tensor, v: Tensor) -> Partial:
-    """Softmax of logits [G, R, n] over v [G, n, E]; a row of -inf has out 0 and lse -inf."""
-    high = logits.amax(-1)
+    """Softmax of logits [..., R, S] over v [..., S, E]; a row of -inf, or of nothing, has out 0 and lse -inf."""
+    high = logits.amax(-1) if logits.shape[-1] else logits.new_full(logits.shape[:-1], -math.inf)
     weights = (logits - high.masked_fill(high == -math.inf, 0.0).unsqueeze(-1)).exp_()
     return _finish(torch.matmul(weights, v.float()), weights.sum(-1), high)
 

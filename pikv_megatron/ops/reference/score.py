@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pikv_megatron.ops.reference.attend import CHUNK_BYTES
+from pikv_megatron.ops.reference.attend import CHUNK_BYTES, raw_logits, runs
 from pikv_megatron.ops.reference.quantize import Keys, decode_keys, unpack
 
 
@@ -24,7 +24,7 @@ def block_bounds(scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor
 
 
 class BlockScores(NamedTuple):
-    """Logits known from a block's bounds alone, each [G, R, blocks] float32.
+    """Logits known from a block's bounds alone, each [G, R, T] float32.
 
     bound: Quest's upper bound sum_d max(q_d lower_d, q_d upper_d), plus what float32 can lose of it. centre: the
     logit of the box's centre. spread: half the variance of the logit of a key taken as uniform in the box.
@@ -41,9 +41,21 @@ def refuse_low_rank(keys: Keys) -> None:
         raise ValueError("keys.low_rank: scores are of the codes alone, expected keys without a low-rank part")
 
 
-def score_blocks(q: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float) -> BlockScores:
-    """Scores blocks by their bounds. q: [G, R, D]; block_ids: [n]. Raises ValueError: keys have a low-rank part."""
+def score_blocks(q: Tensor, keys: Keys, block_ids: Tensor, first_blocks: Tensor, softmax_scale: float) -> BlockScores:
+    """Scores blocks by their bounds, each for the rows of its request.
+
+    Args:
+        q: [n, G, R, D]. block_ids: [T]. first_blocks: [n + 1], where each request's run of them begins, and T.
+
+    Raises ValueError: keys have a low-rank part.
+    """
     refuse_low_rank(keys)
+    ends = runs(first_blocks, len(block_ids))
+    parts = [_score_blocks(rows, keys, block_ids[a:b], softmax_scale) for rows, (a, b) in zip(q, ends, strict=True)]
+    return BlockScores(*(torch.cat(part, 2) for part in zip(*parts, strict=True)))
+
+
+def _score_blocks(q: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float) -> BlockScores:
     assert keys.scale is not None and keys.zero is not None
     scale, zero = keys.scale.index_select(0, block_ids), keys.zero.index_select(0, block_ids)
     lower, upper = block_bounds(scale, zero, keys.hi_bits + keys.lo_bits)
@@ -64,10 +76,9 @@ def _rounding(dim: int) -> float:
 class TokenScores(NamedTuple):
     """Logits known from the high plane alone, float32.
 
-    coarse: [G, R, blocks, B], q . k_high * softmax_scale. radius: [G, R, blocks], |true logit - coarse| never exceeds
-    it.
-    spread: [G, R, blocks], half the variance of the logit if the unread low bits are uniform: log E[exp(error)] to
-    second order, and at most the radius, which no error exceeds.
+    coarse: [G, R, T, B], q . k_high * softmax_scale. radius: [G, R, T], |true logit - coarse| never exceeds it.
+    spread: [G, R, T], half the variance of the logit if the unread low bits are uniform: log E[exp(error)] to second
+    order, and at most the radius, which no error exceeds.
     """
 
     coarse: Tensor
@@ -75,12 +86,24 @@ class TokenScores(NamedTuple):
     spread: Tensor
 
 
-def score_tokens(q: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float) -> TokenScores:
-    """Scores tokens by the high plane of their keys. q: [G, R, D]; block_ids: [n] or, a list per KV head, [G, n].
+def score_tokens(q: Tensor, keys: Keys, block_ids: Tensor, first_blocks: Tensor, softmax_scale: float) -> TokenScores:
+    """Scores tokens by the high plane of their keys, each for the rows of its request.
+
+    Args:
+        q: [n, G, R, D]. block_ids: [T] or, a list per KV head, [G, T]. first_blocks: [n + 1], where each request's run
+            of them begins, and T.
 
     Raises ValueError: keys have a low-rank part.
     """
     refuse_low_rank(keys)
+    ends = runs(first_blocks, block_ids.shape[-1])
+    parts = [
+        _score_tokens(rows, keys, block_ids[..., a:b], softmax_scale) for rows, (a, b) in zip(q, ends, strict=True)
+    ]
+    return TokenScores(*(torch.cat(part, 2) for part in zip(*parts, strict=True)))
+
+
+def _score_tokens(q: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float) -> TokenScores:
     assert keys.high is not None and keys.scale is not None and keys.zero is not None
     q = q.float()
     pick = _picker(block_ids, q.shape[0])
@@ -110,26 +133,51 @@ def _picker(block_ids: Tensor, groups: int):  # type: ignore[no-untyped-def]
     return lambda x: x[block_ids, heads]
 
 
-def token_importance(q: Tensor, lse: Tensor, keys: Keys, block_ids: Tensor, softmax_scale: float) -> Tensor:
-    """Attention that the tokens of blocks receive, summed over query rows and KV heads: I_t = sum_h softmax(Q_h K_t /
-    sqrt(d)).
+def token_importance(
+    q: Tensor, lse: Tensor, keys: Keys, block_ids: Tensor, first_blocks: Tensor, softmax_scale: float
+) -> Tensor:
+    """Attention that the tokens of blocks receive from the rows of their request, summed over rows and KV heads:
+    I_t = sum_h softmax(Q_h K_t / sqrt(d)).
 
     Args:
-        q: [G, R, D]; lse: [G, R] over *all* keys those queries see. Every key must be visible to every query.
+        q: [n, G, R, D]; lse: [n, G, R] over *all* keys that those rows see. Every key of a request must be visible to
+            all of its rows. block_ids: [T]; first_blocks: [n + 1].
 
-    Returns: [n, B] float32.
+    Returns: [T, B] float32.
     """
     q = q.float() * softmax_scale
-    per_chunk = max(1, CHUNK_BYTES // (4 * q.shape[0] * 32 * max(q.shape[1:])))
+    per_chunk = max(1, CHUNK_BYTES // (4 * q.shape[1] * 32 * max(q.shape[2:])))
     parts = [
-        (torch.matmul(q, decode_keys(keys, ids).transpose(-1, -2)) - lse.unsqueeze(-1)).exp_().sum((1, 2))
-        for ids in block_ids.split(per_chunk)
+        (torch.matmul(rows, decode_keys(keys, ids).transpose(-1, -2)) - its.unsqueeze(-1)).exp_().sum((1, 2))
+        for rows, its, (a, b) in zip(q, lse, runs(first_blocks, len(block_ids)), strict=True)
+        for ids in block_ids[a:b].split(per_chunk)
     ]
     return torch.cat(parts)
 
 
-def window_importance(q: Tensor, lse: Tensor, k: Tensor, query_tokens: int, softmax_scale: float) -> Tensor:
-    """As token_importance, over raw keys k [G, S, D] whose newest `query_tokens` are the queries' own (causal): [S]."""
+def window_importance(
+    q: Tensor,
+    lse: Tensor,
+    raw_k: Tensor,
+    slots: Tensor,
+    raw_first: Tensor,
+    raw_last: Tensor,
+    softmax_scale: float,
+) -> Tensor:
+    """As token_importance, over the raw tokens of each request in a buffer, as attend_windows takes them: [n, C]
+    float32, zero where a request has none.
+    """
+    logits, seen = raw_logits(q, raw_k, slots, raw_first, raw_last, softmax_scale)
+    weights = logits.sub_(lse.unsqueeze(-1)).exp_().masked_fill_(~seen[:, None, None], 0.0)
+    return weights.sum((1, 2))
+
+
+def prompt_importance(q: Tensor, lse: Tensor, k: Tensor, query_tokens: int, softmax_scale: float) -> Tensor:
+    """As token_importance, of a prompt's query tokens over raw keys k [G, S, D], the newest of them their own: [S].
+
+    Args:
+        q: [G, R, D], R = heads_per_group * query_tokens, tokens fastest; a query sees no key newer than itself.
+    """
     groups, rows, _ = q.shape
     weights = (torch.matmul(q.float() * softmax_scale, k.float().transpose(-1, -2)) - lse.unsqueeze(-1)).exp_()
     if query_tokens > 1:

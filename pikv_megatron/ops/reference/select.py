@@ -7,45 +7,63 @@ import math
 import torch
 from torch import Tensor
 
-from pikv_megatron.ops.reference.attend import Partial, attend_masked, key_logits
+from pikv_megatron.ops.reference.attend import Partial, attend_masked, key_logits, runs
 from pikv_megatron.ops.reference.quantize import Keys, Values
 from pikv_megatron.ops.reference.score import TokenScores
 
 
-def rank_tokens(coarse: Tensor, raw_lse: Tensor) -> Tensor:
-    """A token's expected attention summed over the query rows of its KV head: [G, tokens] float32.
+def rank_tokens(coarse: Tensor, raw_lse: Tensor, first_tokens: Tensor) -> Tensor:
+    """A token's expected share of its request's attention, summed over the query rows of its KV head: [G, N] float32.
 
     Args:
-        coarse: [G, R, tokens] logits from the high plane. raw_lse: [G, R] log-sum-exp of the raw tokens' logits, so
-            that a head that looks at its window has little say in what is read.
+        coarse: [G, R, N] logits from the high plane, the requests' tokens one after another.
+        raw_lse: [n, G, R] log-sum-exp of the raw tokens' logits, so that a head that looks at its window has little
+            say in what is read.
+        first_tokens: [n + 1], where each request's tokens begin, and N.
     """
-    total = torch.logaddexp(torch.logsumexp(coarse, -1), raw_lse)
-    return (coarse - total.unsqueeze(-1)).exp_().sum(1)
+    parts = []
+    for raw, (a, b) in zip(raw_lse, runs(first_tokens, coarse.shape[2]), strict=True):
+        total = torch.logaddexp(torch.logsumexp(coarse[:, :, a:b], -1), raw)
+        parts.append((coarse[:, :, a:b] - total.unsqueeze(-1)).exp_().sum(1))
+    return torch.cat(parts, -1)
 
 
-def select_topk(scores: Tensor, count: int) -> Tensor:
-    """Where the `count` largest of scores [G, tokens] are: [G, count] int64, ascending; of equals the first is taken.
-
-    No score is nan. Raises ValueError where there are fewer than `count`.
-    """
-    if count > scores.shape[1]:
-        raise ValueError(f"count: expected at most {scores.shape[1]}, got {count}")
-    best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
-    return best.sort(dim=-1).values
-
-
-def unread_mass(scores: TokenScores, slope: float, read: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of the logits of the tokens that are not read, expected (slope * coarse + spread) and largest (coarse
-    + radius).
+def select_topk(scores: Tensor, first_tokens: Tensor, first_chosen: Tensor, total_chosen: int) -> Tensor:
+    """Where the largest scores of each request's tokens are; of equals the first are taken.
 
     Args:
-        read: [G, blocks * B] bool.
+        scores: [G, N], none of them nan. first_tokens: [n + 1], where each request's tokens begin, and N.
+        first_chosen: [n + 1], where each request's chosen begin, and total_chosen: of request i as many are chosen as
+            lie between. No request may choose more than it has.
 
-    Returns: [G, R] float32 each, -inf where everything is read.
+    Returns: [G, total_chosen] int64, places in N, ascending within a request.
+
+    Raises ValueError: a request chooses more than it has.
     """
+    parts = []
+    has, chooses = runs(first_tokens, scores.shape[1]), runs(first_chosen, total_chosen)
+    for (a, b), (first, last) in zip(has, chooses, strict=True):
+        if last - first > b - a:
+            raise ValueError(f"first_chosen: expected at most {b - a} of a request's tokens, got {last - first}")
+        best = scores[:, a:b].sort(dim=-1, descending=True, stable=True).indices[:, : last - first]
+        parts.append(best.sort(dim=-1).values + a)
+    return torch.cat(parts, -1)
+
+
+def unread_mass(scores: TokenScores, slope: float, read: Tensor, first_blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of the logits of each request's tokens that are not read, expected (slope * coarse + spread) and
+    largest (coarse + radius).
+
+    Args:
+        read: [G, T * B] bool. first_blocks: [n + 1], where each request's blocks begin in the scores, and T.
+
+    Returns: [n, G, R] float32 each, -inf where everything is read.
+    """
+    size = scores.coarse.shape[3]
+    ends = runs(first_blocks, scores.coarse.shape[2])
     by_spread, by_radius = (
-        torch.logsumexp(logits.flatten(2).masked_fill(read.unsqueeze(1), -math.inf), dim=-1)
-        for logits in (_logits(scores, slope), _logits(scores, None))
+        torch.stack([torch.logsumexp(unread[..., a * size : b * size], -1) for a, b in ends])
+        for unread in (_logits(scores, x).flatten(2).masked_fill(read.unsqueeze(1), -math.inf) for x in (slope, None))
     )
     return by_spread, by_radius
 
@@ -58,47 +76,88 @@ def _logits(scores: TokenScores, slope: float | None) -> Tensor:
 
 def attend_mass(
     q: Tensor,
-    stored: list[tuple[Keys, Values, Tensor]],
+    stored: list[tuple[Keys, Values, Tensor, Tensor]],
     scores: list[TokenScores],
     slope: float | None,
     raw_lse: Tensor,
     epsilon: float,
     softmax_scale: float,
-) -> tuple[list[Partial], Tensor]:
+) -> tuple[list[Partial], list[Tensor]]:
     """Attention over tokens of whole blocks in rank order, until no query row of a KV head misses more than epsilon.
 
     What has been read is known exactly; what has not is taken at its expected or at its largest possible mass. The
-    same set is found by reading token after token; here all are computed and the rest is masked.
+    same set is found by reading token after token; here all are computed and the rest is masked. A request's tokens of
+    all pools are in one order, where they are equal the first pool's come first.
 
     Args:
-        q: [G, R, D]. stored: pools and their blocks [n], with the token scores of all of these.
+        q: [n, G, R, D]. stored: pools, their blocks [T] and where each request's begin [n + 1], with the token scores
+            of all of these.
         slope: unread logits are taken as expected (slope * coarse + spread); None: at their largest (coarse + radius).
-        raw_lse: [G, R], log-sum-exp over what is read anyway.
+        raw_lse: [n, G, R], log-sum-exp over what is read anyway.
 
-    Returns: one partial per pool, and who was read: [G, tokens] bool, the pools' tokens one after another.
+    Returns: one partial per pool, and who was read of it: [G, T * B] bool.
     """
-    logits = [key_logits(q, keys, block_ids, softmax_scale) for keys, _, block_ids in stored]
-    rank = rank_tokens(torch.cat([s.coarse.flatten(2) for s in scores], -1), raw_lse)
-    read = select_mass(rank, scores, slope, torch.cat(logits, -1), raw_lse, epsilon)
-    parts = zip(stored, logits, read.split([x.shape[-1] for x in logits], dim=-1), strict=True)
-    return [attend_masked(x, mine, values, block_ids) for (_, values, block_ids), x, mine in parts], read
+    logits = [key_logits(q, keys, ids, first, softmax_scale) for keys, _, ids, first in stored]
+    order, first_tokens = request_major([(s.coarse.shape[2:], pool[3]) for s, pool in zip(scores, stored, strict=True)])
+    coarse, if_unread, if_read = (
+        torch.cat(parts, -1)[..., order]
+        for parts in ([s.coarse.flatten(2) for s in scores], [_logits(s, slope).flatten(2) for s in scores], logits)
+    )
+    rank = rank_tokens(coarse, raw_lse, first_tokens)
+    chosen = select_mass(in_rank_order(rank, first_tokens), if_unread, if_read, raw_lse, first_tokens, epsilon)
+    read = torch.empty_like(chosen).index_copy_(1, order, chosen).split([x.shape[-1] for x in logits], -1)
+    partials = []
+    for (_, values, ids, first), score, x, mine in zip(stored, scores, logits, read, strict=True):
+        size = score.coarse.shape[3]
+        parts = [
+            attend_masked(x[..., a * size : b * size], mine[:, a * size : b * size], values, ids[a:b])
+            for a, b in runs(first, len(ids))
+        ]
+        partials.append(Partial(*(torch.stack(part) for part in zip(*parts, strict=True))))
+    return partials, list(read)
+
+
+def request_major(pools: list[tuple[torch.Size, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The order in which tokens of several pools, one pool after another, are each request's together, and where each
+    request's begin. Waits for no device.
+
+    Args:
+        pools: each pool's (T, B) and where each request's blocks begin in it, [n + 1].
+
+    Returns: order [N] and first_tokens [n + 1], int64.
+    """
+    places = [torch.arange(blocks * size, device=first.device) // size for (blocks, size), first in pools]
+    requests = [torch.bucketize(at, first[1:], right=True) for at, (_, first) in zip(places, pools, strict=True)]
+    return torch.cat(requests).argsort(stable=True), torch.stack([first * size for (_, size), first in pools]).sum(0)
+
+
+def in_rank_order(rank: Tensor, first_tokens: Tensor) -> Tensor:
+    """Places in N of each request's tokens, the best first and the first of equals: [G, N]. Waits for no device."""
+    requests = torch.bucketize(torch.arange(rank.shape[1], device=rank.device), first_tokens[1:], right=True)
+    best = rank.sort(dim=-1, descending=True, stable=True).indices
+    return best.gather(1, requests[best].sort(dim=-1, stable=True).indices)
 
 
 def select_mass(
-    rank: Tensor, scores: list[TokenScores], slope: float | None, if_read: Tensor, raw_lse: Tensor, epsilon: float
+    order: Tensor, if_unread: Tensor, if_read: Tensor, raw_lse: Tensor, first_tokens: Tensor, epsilon: float
 ) -> Tensor:
-    """Which tokens attend_mass reads, where all their logits are known: [G, tokens] bool. Waits for no device.
+    """Which tokens attend_mass reads, where all their logits are known: [G, N] bool.
 
     Args:
-        rank: [G, tokens], by which the tokens are in order. if_read: [G, R, tokens], their logits. The rest as there.
+        order: [G, N], the places of each request's tokens, the best first. if_unread, if_read: [G, R, N], logits of a
+            token that is not read, and of one that is. The rest as in attend_mass and rank_tokens.
     """
-    if_unread = torch.cat([_logits(s, slope).flatten(2) for s in scores], -1)
-    order = rank.sort(dim=-1, descending=True, stable=True).indices
-    index = order.unsqueeze(1).expand_as(if_read)
-    top = torch.maximum(torch.maximum(if_unread.amax(-1), if_read.amax(-1)), raw_lse).unsqueeze(-1)
-    unread = (if_unread - top).gather(-1, index).double().exp_()
-    seen = (if_read - top).gather(-1, index).double().exp_()
-    after = unread.flip(-1).cumsum_(-1).flip(-1)  # missed if reading stops before this token
-    before = seen.cumsum(-1) - seen + (raw_lse.unsqueeze(-1) - top).double().exp_()
-    needed = (after >= epsilon * (after + before)).any(1)  # where both vanish beside `top`, read on
-    return torch.zeros_like(needed).scatter_(1, order, needed)
+    read = torch.zeros_like(order, dtype=torch.bool)
+    for raw, (a, b) in zip(raw_lse, runs(first_tokens, order.shape[1]), strict=True):
+        if a == b:
+            continue
+        run = order[:, a:b]
+        index = run.unsqueeze(1).expand(-1, if_read.shape[1], -1)
+        at_most, true = if_unread.gather(-1, index), if_read.gather(-1, index)
+        top = torch.maximum(torch.maximum(at_most.amax(-1), true.amax(-1)), raw).unsqueeze(-1)
+        unread, seen = (at_most - top).double().exp_(), (true - top).double().exp_()
+        after = unread.flip(-1).cumsum_(-1).flip(-1)  # missed if reading stops before this token
+        before = seen.cumsum(-1) - seen + (raw.unsqueeze(-1) - top).double().exp_()
+        needed = (after >= epsilon * (after + before)).any(1)  # where both vanish beside `top`, read on
+        read.scatter_(1, run, needed)
+    return read
