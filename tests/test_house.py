@@ -3,6 +3,8 @@
 What ruff can see (no print, no broad except, hosts only in integrations) is in pyproject.toml instead.
 """
 
+import ast
+import graphlib
 import importlib
 import json
 import subprocess
@@ -62,3 +64,18 @@ def test_no_file_outgrows_its_one_job():
     lines = {path: len(path.read_text().splitlines()) for path in sources}
     assert len({path.suffix for path in lines}) > 4
     assert {str(path): count for path, count in lines.items() if count > 450} == {}
+
+
+@pytest.mark.parametrize("package", ["integrations/huggingface", "integrations/deepspeed"])
+def test_the_files_of_a_package_import_each_other_in_one_direction(package):
+    """Imports inside functions and for type checkers included."""
+    files = {path.stem: path for path in (ROOT / "pikv_megatron" / package).glob("*.py")}
+    prefix = f"pikv_megatron.{package.replace('/', '.')}"
+    arrows: dict[str, set[str]] = {}
+    for name, path in files.items():
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        dotted = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+        named = {d.removeprefix(f"{prefix}.").split(".")[0] for d in dotted if d.startswith(f"{prefix}.")}
+        arrows[name] = {other for other in named if other in files}
+    assert sum(map(len, arrows.values())) > 1
+    list(graphlib.TopologicalSorter(arrows).static_order())  # CycleError names the circle

@@ -8,13 +8,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
-
-if TYPE_CHECKING:
-    from pikv_megatron.integrations.huggingface.cache import PiKVHFCache, Step
-
+from torch import Tensor
 
 NAME = "pikv"
 """Of PiKV's functions in transformers' attention and mask interfaces."""
@@ -27,17 +24,30 @@ def eager(function: Function) -> Function:
     return cast(Function, torch.compiler.disable(function))
 
 
+class Writing(Protocol):
+    """What attention and routers call on the cache that is written to. What a step is, is the cache's own affair."""
+
+    cache: Any
+    latents: bool
+
+    def start(self, layer_id: int) -> tuple[Tensor, Tensor]: ...
+    def plan(self, layer_id: int, batch: int, columns: int, mask: Tensor | None) -> Any: ...
+    def store(self, layer_id: int, step: Any, key: Tensor, value: Tensor) -> None: ...
+    def attend(self, layer_id: int, step: Any, query: Tensor) -> tuple[Tensor, Tensor]: ...
+    def observe(self, layer_id: int, step: Any, expert_ids: Tensor, weights: Tensor) -> None: ...
+
+
 @dataclass
 class Routed:
     """A layer whose tokens are stored and whose router has not run yet."""
 
-    cache: PiKVHFCache
+    cache: Writing
     layer_id: int
-    step: Step
+    step: Any
 
 
 class _Current(threading.local):
-    writing: PiKVHFCache | None = None
+    writing: Writing | None = None
     """The cache whose `update` ran last, until its attention takes it."""
     routed: Routed | None = None
     """The layer whose attention ran last, until its router takes it."""
