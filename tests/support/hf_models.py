@@ -65,13 +65,36 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Mistral": {"sliding_window": 20},
     "Qwen3": {"head_dim": 16},
 }
+PER_LAYER = {
+    "head_dim": 16,
+    "sliding_window": 12,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB,
+}
 MORE_FAMILIES: dict[str, dict[str, Any]] = {
+    "Afmoe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "num_dense_layers": 1,
+        "head_dim": 16,
+        "sliding_window": 12,
+    },
     "Cohere2": {"sliding_window": 12},
+    "Dbrx": {
+        "d_model": 64,
+        "n_heads": 8,
+        "n_layers": 3,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"moe_num_experts": 8, "moe_top_k": 2, "ffn_hidden_size": 64},
+    },
     "Dots1": {**GROUPED, "head_dim": 16},
     "Ernie4_5_Moe": {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 32},
     "Exaone4": {"sliding_window": 12},
     "FlexOlmo": {"num_experts": 8, "num_experts_per_tok": 2},
     "Gemma3Text": {"head_dim": 16, "sliding_window": 12},
+    "Gemma3nText": {**PER_LAYER, "num_kv_shared_layers": 0, "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 3},
+    "Gemma4Text": {**PER_LAYER, "num_kv_shared_layers": 0, "global_head_dim": 16},
     "Glm4Moe": {**GROUPED, "head_dim": 16},
     "Glm4MoeLite": {**MLA, "q_lora_rank": 24, "n_group": 1, "topk_group": 1},
     "HunYuanMoEV1": {"num_experts": 8, "moe_topk": 2, "head_dim": 16},

@@ -80,7 +80,7 @@ def pikv_attention(
     if s_aux is not None:
         out = out * torch.sigmoid(lse - s_aux.float()).unsqueeze(-1).to(out.dtype)
     current.routed = Routed(cache, layer_id, step)
-    return out, None
+    return out.contiguous(), None  # AFMoE's code takes a view of it
 
 
 def pikv_mask(

@@ -162,16 +162,26 @@ def _shapes(module: Any, config: Any) -> tuple[int, int, int, int, float]:
     if caches_latents(module):
         return latent_shapes(module)
     if hasattr(module, "kv_lora_rank"):  # MLA whose model caches expanded keys and values of every head
-        heads = _rows(module.kv_b_proj) // (module.qk_nope_head_dim + module.v_head_dim)
+        heads = _rows(module, "kv_b_proj") // (module.qk_nope_head_dim + module.v_head_dim)
         return heads, heads, module.qk_head_dim, module.v_head_dim, float(module.scaling)
     head_dim = module.head_dim
-    groups = _rows(module.k_proj) // head_dim if hasattr(module, "k_proj") else config.num_key_value_heads
+    groups = _rows(module, "k_proj") // head_dim if hasattr(module, "k_proj") else config.num_key_value_heads
     return groups * module.num_key_value_groups, groups, head_dim, head_dim, float(module.scaling)
 
 
-def _rows(linear: Any) -> int:
-    """Output channels of a linear layer on this rank."""
-    weight = linear.weight
+def _rows(module: Any, projection: str) -> int:
+    """Output channels, on this rank, of a projection of an attention module.
+
+    Raises:
+        NotImplementedError: it is no linear layer.
+    """
+    linear = getattr(module, projection)
+    weight = getattr(linear, "weight", None)
+    if weight is None:
+        raise NotImplementedError(
+            f"{type(module).__name__}: {projection} is a {type(linear).__name__} without a weight; expected a linear "
+            "layer, whose rows say how many KV heads there are"
+        )
     return int(weight.shape[0] if weight.dim() == 2 and weight.is_floating_point() else linear.out_features)
 
 

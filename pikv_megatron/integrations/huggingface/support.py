@@ -22,6 +22,11 @@ REFUSED: dict[str, str] = {
 }
 """Keys of a model's config that, where set, mean attention PiKV cannot do, with what they mean."""
 
+REFUSED_TYPES: dict[str, str] = {
+    "diffllama": "attends twice in every layer (differential attention); expected one attention per layer",
+}
+"""Model types whose config looks like that of a model that is served."""
+
 
 def check_config(config: Any) -> None:
     """Checks a decoder's config (the text part of a multimodal one).
@@ -30,9 +35,12 @@ def check_config(config: Any) -> None:
         NotImplementedError: PiKV cannot serve this model exactly; the message names why.
     """
     name = getattr(config, "model_type", type(config).__name__)
+    if name in REFUSED_TYPES:
+        raise NotImplementedError(f"{name}: {REFUSED_TYPES[name]}")
     for key, meaning in REFUSED.items():
-        if getattr(config, key, None):
-            raise NotImplementedError(f"{name}: {key} is {getattr(config, key)!r}, {meaning}")
+        value = getattr(config, key, None)
+        if any(value) if isinstance(value, (list, tuple)) else value:  # a list has an entry per layer
+            raise NotImplementedError(f"{name}: {key} is {value!r}, {meaning}")
     if getattr(config, "position_embedding_type", None) == "alibi":
         raise NotImplementedError(f"{name}: position_embedding_type is 'alibi', {REFUSED['alibi']}")
     if not getattr(config, "is_causal", True):

@@ -63,6 +63,13 @@ def test_greedy_of_other_families(family):
     assert_equal_answers(Models(make(family), make(family)), ids, mask)
 
 
+@pytest.mark.parametrize("family", ["Afmoe", "Gemma3nText"])
+def test_one_row_without_pads(family):
+    """AFMoE takes a view of what attention returns; Gemma 3n has a sharing mode per layer, all of them None here."""
+    ids, mask = prompts(rows=1)
+    assert_equal_answers(Models(make(family), make(family)), ids, mask, max_new_tokens=8)
+
+
 def test_a_config_says_what_the_model_is(models):
     """Where it can: MLA's shapes are the model's to tell."""
     if "Deepseek" in type(models.stock).__name__:

@@ -26,6 +26,9 @@ UNSERVED = {
     "Qwen3Next": ({"num_experts": 4, "moe_intermediate_size": 32}, "layers of linear_attention"),
     "StableLm": ({}, "computes attention by itself"),
     "GPTNeoX": ({}, r"expected one self-attention module in each of 2 layers"),
+    "DiffLlama": ({}, "diffllama: attends twice in every layer"),
+    "Moshi": ({"num_key_value_heads": 8, "ffn_dim": 64}, "MoshiAttention: k_proj is a MoshiLinear without a weight"),
+    "Gemma4Text": ({"num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 2}, "kv_sharing_modes is .*'reuse'"),
 }
 
 
@@ -38,7 +41,7 @@ def model():
 def test_a_model_that_cannot_be_served_exactly(family):
     changes, reason = UNSERVED[family]
     config = getattr(transformers, f"{family}Config")(**{**SMALL, **changes})
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config)
     before = model.config._attn_implementation
     for call in (attach, model_config, lambda m: PiKVHFCache(m, RUNTIME)):
         with pytest.raises(NotImplementedError, match=reason):
