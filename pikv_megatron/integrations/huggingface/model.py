@@ -192,9 +192,10 @@ def _from_config(config: Any) -> ModelConfig:
 
 
 def config_experts(config: Any) -> int:
-    """Routed experts that a config names; 0 for a dense model."""
-    keys = ("num_local_experts", "num_experts", "n_routed_experts")
-    return next((count for key in keys if (count := getattr(config, key, None))), 0)
+    """Routed experts that a config names, or DBRX's config of its feed-forward layers; 0 for a dense model."""
+    keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    parts = (config, getattr(config, "ffn_config", None))
+    return next((count for part in parts for key in keys if (count := getattr(part, key, None))), 0)
 
 
 def _dtype(dtype: torch.dtype) -> Any:

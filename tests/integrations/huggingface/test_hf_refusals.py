@@ -114,12 +114,15 @@ def test_a_cache_of_another_model_is_refused(model, family, changes, name):
     model(ids, attention_mask=mask, past_key_values=cache)
 
 
-def test_experts_without_a_router_are_said_once(caplog):
-    """LongCat's router chooses among more than its experts (some do nothing), so none is found by its shape."""
-    model = make("LongcatFlash")
+@pytest.mark.parametrize("family", ["LongcatFlash", "Dbrx"])
+def test_experts_without_a_router_are_said_once(caplog, family):
+    """LongCat's router chooses among more than its experts (some do nothing), DBRX's names neither their number nor how
+    many it chooses: none is found by its shape.
+    """
+    model = make(family)
     caches = [PiKVHFCache(model, RUNTIME) for _ in range(2)]
     assert [record.getMessage() for record in caplog.records if "pikv" in record.name] == [
-        "LongcatFlashForCausalLM: no router found for its 8 experts, all blocks get the label 0"
+        f"{family}ForCausalLM: no router found for its 8 experts, all blocks get the label 0"
     ]
     assert caches[0].cache.model.num_experts == 0
 
