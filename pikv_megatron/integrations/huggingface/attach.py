@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from pikv_megatron.config import ModelConfig
 from pikv_megatron.integrations.huggingface import attention as huggingface_attention  # noqa: F401 - registers what attach switches to
 from pikv_megatron.integrations.huggingface.current import NAME, current, eager
+from pikv_megatron.integrations.huggingface.longrope import keep_cache, undo
 from pikv_megatron.integrations.huggingface.model import (
     Router,
     config_experts,
@@ -72,6 +73,7 @@ def attach(model: nn.Module) -> None:
         decoder.register_forward_hook(partial(_after, config), always_call=True),
     ]
     hooks += [router.gate.register_forward_hook(partial(_observe, router)) for router in found]
+    keep_cache(hf_model)
     _attached[hf_model] = _Attached(implementation, hooks)
 
 
@@ -87,6 +89,7 @@ def detach(model: nn.Module) -> None:
     attached = _attached.pop(hf_model)
     for hook in attached.hooks:
         hook.remove()
+    undo(hf_model)
     hf_model.set_attn_implementation(attached.implementation)
 
 

@@ -4,6 +4,7 @@ logits, over prompts and answers long enough that most tokens are read from seal
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pikv_megatron import PiKVCache
 from pikv_megatron.config.io import ConfigError
-from pikv_megatron.integrations.huggingface import PiKVHFCache, model_config
+from pikv_megatron.integrations.huggingface import PiKVHFCache, detach, model_config
 from pikv_megatron.integrations.huggingface.model import routers
 
 RUNTIME = {"window": 8, "sinks": 2, "block_size": 8, "max_tokens": 4096}
@@ -37,22 +38,22 @@ def models(request):
     return Models(make(request.param), make(request.param))
 
 
-def answers(model, cache, ids, mask, **options) -> tuple[Tensor, Tensor]:
-    """Tokens and logits of `generate`; sampling is seeded."""
+def answers(model, cache, ids, mask, **options) -> tuple[Tensor, Tensor, int]:
+    """Tokens and logits of `generate`, and how many columns its cache holds then; sampling is seeded."""
     torch.manual_seed(11)
     options = {"max_new_tokens": NEW, "do_sample": False, "output_logits": True, **options}
     out = model.generate(ids, attention_mask=mask, past_key_values=cache, return_dict_in_generate=True, **options)
-    return out.sequences, torch.stack(out.logits)
+    return out.sequences, torch.stack(out.logits), out.past_key_values.get_seq_length()
 
 
 def assert_equal_answers(models, ids, mask, **options) -> PiKVHFCache:
     """The same tokens, and logits within 1e-4; returns our cache behind them."""
     theirs, ours = DynamicCache(config=models.stock.config), PiKVHFCache(models.ours, RUNTIME)
-    tokens, logits = answers(models.stock, theirs, ids, mask, **options)
-    our_tokens, our_logits = answers(models.ours, ours, ids, mask, **options)
+    tokens, logits, length = answers(models.stock, theirs, ids, mask, **options)
+    our_tokens, our_logits, _ = answers(models.ours, ours, ids, mask, **options)
     assert torch.equal(our_tokens, tokens)
     torch.testing.assert_close(our_logits, logits, rtol=0, atol=1e-4)
-    assert ours.get_seq_length() == theirs.get_seq_length()
+    assert ours.get_seq_length() == length
     return ours
 
 
@@ -68,6 +69,27 @@ def test_one_row_without_pads(family):
     """AFMoE takes a view of what attention returns; Gemma 3n has a sharing mode per layer, all of them None here."""
     ids, mask = prompts(rows=1)
     assert_equal_answers(Models(make(family), make(family)), ids, mask, max_new_tokens=8)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("columns", [40, 60])
+@pytest.mark.parametrize("family", ["Phi3", "Phimoe"])
+def test_a_text_that_outgrows_the_original_length_stays_in_our_cache(family, columns, options, caplog):
+    """Other RoPE factors apply then to all of it: transformers drops the cache, a fresh one too, and feeds it again."""
+    factors = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    if family == "Phimoe":
+        factors |= {"short_mscale": 1.0, "long_mscale": 1.1}
+    changes = {"original_max_position_embeddings": 48}
+    changes["rope_parameters"] = {**factors, **changes}
+    models = Models(make(family, sliding_window=None, **changes), make(family, sliding_window=None, **changes))
+    assert_equal_answers(models, *prompts(columns=columns), max_new_tokens=20, **options)
+    told = [record for record in caplog.records if "outgrown original_max_position_embeddings (48)" in record.message]
+    assert len(told) == (columns < 48)  # a cache that was empty is not emptied
+    attached = copy.deepcopy(models.ours)
+    detach(models.ours)
+    for model in (models.ours, attached):  # as before, without a cache of ours
+        tokens = [m.generate(prompts(1)[0], max_new_tokens=20, do_sample=False) for m in (model, models.stock)]
+        assert torch.equal(*tokens)
 
 
 def test_a_config_says_what_the_model_is(models):
@@ -146,7 +168,7 @@ def int8_beside_exact(models, held: bool) -> tuple[Tensor, Tensor, PiKVHFCache]:
     exact: list[Any] = []
     free: list[Any] = []
     hooks = [gate.register_forward_hook(lambda gate, args, out: exact.append(out)) for gate in gates(models.stock)]
-    tokens, logits = answers(models.stock, DynamicCache(config=models.stock.config), ids, mask)
+    tokens, logits, _ = answers(models.stock, DynamicCache(config=models.stock.config), ids, mask)
     cache = PiKVHFCache(models.ours, {**RUNTIME, "codec": {"keys": "int8", "values": "int8"}})
     hooks += [gate.register_forward_hook(lambda gate, args, out: free.append(out)) for gate in gates(models.ours)]
     if held:
