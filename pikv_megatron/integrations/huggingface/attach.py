@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from dataclasses import dataclass
 from functools import partial
@@ -36,11 +37,30 @@ class _Attached:
 
 
 _attached: weakref.WeakKeyDictionary[PreTrainedModel, _Attached] = weakref.WeakKeyDictionary()
+_changing = threading.RLock()
+"""Held while a model is attached or detached."""
 
 
 def is_attached(model: nn.Module) -> bool:
     """Whether `attach` has been called on the model."""
     return find_model(model) in _attached
+
+
+def attach_once(model: nn.Module) -> None:
+    """`attach`, unless the model is attached already; several threads may do so at the same time."""
+    with _changing:
+        if not is_attached(model):
+            attach(model)
+
+
+def advice(config: Any) -> str:
+    """What to do where the model of this decoder's config does not run on PiKV's attention."""
+    if any(model.config.get_text_config(decoder=True) is config for model in list(_attached)):
+        return (
+            "a forward of this model without a PiKVHFCache is under way, in another thread, where it runs on its "
+            "former attention; run one after the other, or give both a PiKVHFCache"
+        )
+    return "call pikv_megatron.integrations.huggingface.attach(model)"
 
 
 def attach(model: nn.Module) -> None:
@@ -52,7 +72,11 @@ def attach(model: nn.Module) -> None:
         RuntimeError: the model is attached already, or is the copy of an attached one, or shares its config.
         NotImplementedError: PiKV does not serve this model exactly; the message names why.
     """
-    hf_model = find_model(model)
+    with _changing:
+        _attach(find_model(model))
+
+
+def _attach(hf_model: PreTrainedModel) -> None:
     if hf_model in _attached:
         raise RuntimeError(f"model: {type(hf_model).__name__} is on PiKV already; detach(model) first")
     served = model_config(hf_model)
@@ -84,13 +108,14 @@ def detach(model: nn.Module) -> None:
         RuntimeError: the model is not attached.
     """
     hf_model = find_model(model)
-    if hf_model not in _attached:
-        raise RuntimeError(f"model: {type(hf_model).__name__} is not on PiKV, nothing to detach")
-    attached = _attached.pop(hf_model)
-    for hook in attached.hooks:
-        hook.remove()
-    undo(hf_model)
-    hf_model.set_attn_implementation(attached.implementation)
+    with _changing:
+        if hf_model not in _attached:
+            raise RuntimeError(f"model: {type(hf_model).__name__} is not on PiKV, nothing to detach")
+        attached = _attached.pop(hf_model)
+        for hook in attached.hooks:
+            hook.remove()
+        undo(hf_model)
+        hf_model.set_attn_implementation(attached.implementation)
 
 
 @eager
@@ -103,8 +128,9 @@ def _before(
     kwargs: dict[str, Any],
 ) -> None:
     """Checks that a cache of ours fits; gives a forward without one the model's former attention, masks and all."""
-    cache: Any = kwargs.get("past_key_values")
-    if getattr(cache, "attention", None) != NAME:
+    given = (kwargs.get("past_key_values"), *args)  # by name or by position
+    cache: Any = next((x for x in given if getattr(x, "attention", None) == NAME), None)
+    if cache is None:
         config._attn_implementation = implementation
         return
     for name in ("num_layers", "num_experts", "sliding_windows"):
@@ -113,6 +139,8 @@ def _before(
             raise ValueError(
                 f"past_key_values: made for another model, its {name} is {made}, {config.model_type} has {expected}"
             )
+    config._attn_implementation = NAME  # whatever was set since
+    current.serving = True
 
 
 @eager
@@ -120,6 +148,7 @@ def _after(config: Any, decoder: nn.Module, args: tuple[Any, ...], output: Any) 
     """Ends a forward, a failed one too: nothing of it stays, and no reference to its cache."""
     config._attn_implementation = NAME
     current.writing = current.routed = None
+    current.serving = False
 
 
 @eager

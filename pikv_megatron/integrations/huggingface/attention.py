@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from pikv_megatron.integrations.huggingface.current import NAME, Routed, current, eager
+from pikv_megatron.integrations.huggingface.current import NAME, Routed, Writing, current, eager
 from pikv_megatron.integrations.huggingface.mla import expand_output, fold_query, join
 
 REFUSED = ("softcap", "position_bias", "sinks", "indices", "block_indices", "output_attentions")
@@ -38,7 +38,8 @@ def pikv_attention(
         s_aux: [heads], a logit per head that takes part in the softmax (gpt-oss).
 
     Returns:
-        [batch, columns, heads, v_head_dim], zeros at pads; and None for the attention weights.
+        [batch, columns, heads, v_head_dim], zeros at pads; and None for the attention weights. Under autocast it is
+        computed in the cache's dtype, and returned in autocast's, as by the model's own attention.
 
     Raises:
         RuntimeError: the model is not attached, or gradients are asked for.
@@ -46,12 +47,18 @@ def pikv_attention(
         ValueError: an attention mask that does not fit; PoolFullError: no memory left. Nothing has changed then.
     """
     cache, current.writing, current.routed = current.writing, None, None
+    layer_id: int = module.layer_idx  # type: ignore[assignment]
+    if cache is None and current.serving:
+        raise NotImplementedError(
+            f"layer {layer_id}: attends without having given keys to the cache just before; PiKV serves models with "
+            "one attention per layer, of its own keys"
+        )
     if cache is None:
         raise RuntimeError(
-            f"attn_implementation: {NAME!r} is for attached models, with a PiKVHFCache as past_key_values (by name); "
-            "call pikv_megatron.integrations.huggingface.attach(model)"
+            f"attn_implementation: {NAME!r} is for forwards of an attached model (attach(model)) with a PiKVHFCache as "
+            "past_key_values. Here the model is not attached, or a layer is called by itself, or another thread runs "
+            "the model with a PiKVHFCache at the same time"
         )
-    layer_id: int = module.layer_idx  # type: ignore[assignment]
     given = cache.start(layer_id)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         raise RuntimeError("past_key_values: no gradient flows through PiKV; run the model under torch.no_grad()")
@@ -64,12 +71,34 @@ def pikv_attention(
         raise NotImplementedError(
             f"scaling: layer {layer_id} has {scaling}, the cache was made for {cache.cache.model.scale}"
         )
+    device, dtype = query.device.type, cache.cache.model.torch_dtype
+    if not torch.is_autocast_enabled(device):
+        return _attend(cache, module, query, key, value, given, attention_mask, s_aux), None
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    given = given[0].to(dtype), given[1].to(dtype)
+    with torch.autocast(device, enabled=False):
+        out = _attend(cache, module, query, key, value, given, attention_mask, s_aux)
+    return out.to(torch.get_autocast_dtype(device)), None
+
+
+def _attend(
+    cache: Writing,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    given: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """`pikv_attention` behind its checks. given: what `update` was given, which for MLA are latents."""
+    layer_id: int = module.layer_idx
     if query.dtype != cache.cache.model.torch_dtype:
         raise TypeError(
             f"past_key_values: made for {cache.cache.model.torch_dtype}, the model now computes in {query.dtype}; make "
             "the cache once the model is in its dtype"
         )
-    step = cache.plan(layer_id, query.shape[0], query.shape[2], attention_mask)
+    step = cache.plan(layer_id, query.shape[0], query.shape[2], mask)
     if cache.latents:
         key, value = join(*given)
         query = fold_query(module, query)
@@ -80,7 +109,7 @@ def pikv_attention(
     if s_aux is not None:
         out = out * torch.sigmoid(lse - s_aux.float()).unsqueeze(-1).to(out.dtype)
     current.routed = Routed(cache, layer_id, step)
-    return out.contiguous(), None  # AFMoE's code takes a view of it
+    return out.contiguous()  # AFMoE's code takes a view of it
 
 
 def pikv_mask(

@@ -19,8 +19,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pikv_megatron.cache.cache import PiKVCache
 from pikv_megatron.config import RuntimeConfig, Source
-from pikv_megatron.integrations.huggingface.attach import attach, is_attached
+from pikv_megatron.integrations.huggingface.attach import advice, attach_once
 from pikv_megatron.integrations.huggingface.current import NAME, current, eager
+from pikv_megatron.integrations.huggingface.masks import warn_of_right_padding
 from pikv_megatron.integrations.huggingface.mla import caches_latents
 from pikv_megatron.integrations.huggingface.model import attention_layers, find_model, model_config
 from pikv_megatron.tiers.blocks import PoolFullError
@@ -73,8 +74,7 @@ class PiKVHFCache(Cache):
             self.cache = PiKVCache(model_config(model), runtime)
             self._config = model.config.get_text_config(decoder=True)
             self.latents = caches_latents(attention_layers(model)[0][1])
-            if not is_attached(model):
-                attach(model)
+            attach_once(model)
         else:
             self._config = source.get_text_config(decoder=True)
             self.latents = False  # a config with MLA is refused
@@ -87,6 +87,17 @@ class PiKVHFCache(Cache):
         self._step: Step | None = None
         self._awaiting: int | None = None
         self._given: tuple[Tensor, Tensor] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PiKVHFCache:
+        made = memo[id(self)] = object.__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "PiKVHFCache: cannot be pickled, nor copied but by copy.deepcopy: its memory is this process's; to go on "
+            "elsewhere, make a cache there and feed it the tokens"
+        )
 
     # ---- what a forward does
 
@@ -105,7 +116,7 @@ class PiKVHFCache(Cache):
         if layer_idx == 0 and self._config._attn_implementation != NAME:
             raise RuntimeError(
                 f"attn_implementation: this cache needs {NAME!r}, the model has "
-                f"{self._config._attn_implementation!r}; call pikv_megatron.integrations.huggingface.attach(model)"
+                f"{self._config._attn_implementation!r}; {advice(self._config)}"
             )
         if self._awaiting is not None:
             raise RuntimeError(
@@ -193,7 +204,9 @@ class PiKVHFCache(Cache):
         live = set(self.cache.requests())
         each = columns == 1 and batch > 1 and live.issuperset(rows) and all(pick is None for pick in picks)
         step = Step(columns, picks, each, whole=batch == 1 and picks[0] is None)
-        self.cache.check_room({rows[i]: step.count(i) for i in range(batch) if step.count(i)})
+        tokens = {rows[i]: step.count(i) for i in range(batch) if step.count(i)}
+        self._check_rows(len(live.union(tokens)))
+        self.cache.check_room(tokens)
         self._rows, self._mask = rows, mask
         return step
 
@@ -217,6 +230,7 @@ class PiKVHFCache(Cache):
             raise ValueError("attention_mask: its cached columns differ from those that the cache was filled with")
         if self.cache.model.sliding_windows is not None:
             _check_contiguous(mask)
+        warn_of_right_padding(mask)
         new = mask[:, past:]
         full = new.all(1).tolist()
         picks = [None if full[i] else new[i].nonzero().flatten() for i in range(batch)]
@@ -300,6 +314,7 @@ class PiKVHFCache(Cache):
     def _take(self, index: Sequence[int]) -> None:
         """Makes the batch of the rows in `index`: the first time a row is named it is kept, from then on forked."""
         live = set(self.cache.requests())
+        self._check_rows(sum(self._rows[row] in live for row in index))
         rows: list[int] = []
         forked: list[int] = []
         try:
@@ -320,6 +335,15 @@ class PiKVHFCache(Cache):
             self.cache.release(request_id)
         self._rows = rows
         self._mask = None if self._mask is None else self._mask[torch.tensor(index, device=self._mask.device)]
+
+    def _check_rows(self, count: int) -> None:
+        """Checks that so many rows with tokens can be held."""
+        most = self.cache.runtime.max_requests
+        if count > most:
+            raise PoolFullError(
+                f"runtime.max_requests: expected at most {most} rows in the batch, got {count}; generate has batch x "
+                "num_beams of them, or batch x num_return_sequences"
+            )
 
     def _fresh(self, count: int) -> list[int]:
         """Request ids that were never used."""

@@ -47,6 +47,8 @@ class Routed:
 
 
 class _Current(threading.local):
+    serving: bool = False
+    """Whether an attached model's forward with a cache of ours is under way."""
     writing: Writing | None = None
     """The cache whose `update` ran last, until its attention takes it."""
     routed: Routed | None = None

@@ -177,7 +177,8 @@ def test_a_step_that_does_not_fit_is_refused_whole(stock, model):
 
 def test_more_rows_than_requests_are_refused(model):
     cache = PiKVHFCache(model, {**RUNTIME, "max_requests": 2})
-    with pytest.raises(PoolFullError, match="max_requests"), torch.no_grad():
+    message = r"runtime\.max_requests: expected at most 2 rows in the batch, got 3; generate has batch x num_beams"
+    with pytest.raises(PoolFullError, match=message), torch.no_grad():
         model(prompts()[0], past_key_values=cache)
     assert cache.cache.requests() == [] and cache.batch_size == -1
 
@@ -244,7 +245,7 @@ def test_a_repeat_that_does_not_fit_changes_nothing(stock, model):
     ids, _ = prompts()
     both(stock, model, caches, ids)
     before = caches[1].cache.stats(), caches[1].request_ids
-    with pytest.raises(PoolFullError, match="max_requests"):
+    with pytest.raises(PoolFullError, match=r"max_requests: expected at most 4 rows in the batch, got 6"):
         caches[1].batch_repeat_interleave(2)
     assert (caches[1].cache.stats(), caches[1].request_ids) == before
     both(stock, model, caches, ids[:, :3])

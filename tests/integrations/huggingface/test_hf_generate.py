@@ -212,6 +212,25 @@ def test_int8s_outliers_are_other_experts(family, changes):
     assert int8_beside_exact(models, held=True)[0].max() < INT8_BOUND
 
 
+@pytest.mark.parametrize(("family", "changes"), [("Llama", {}), ("DeepseekV3", {"first_k_dense_replace": 3})])
+def test_autocast(family, changes):
+    """A model in float32 under bfloat16: PiKV keeps float32, and is no further from exact than the model itself."""
+    models = Models(make(family, **changes), make(family, **changes))
+    ids, mask = prompts()
+    tokens, exact, _ = answers(models.stock, DynamicCache(config=models.stock.config), ids, mask)
+    cuts, errors = [0, *range(ids.shape[1], tokens.shape[1])], []
+    mask = pad(mask, (0, NEW), value=1)
+    caches = DynamicCache(config=models.stock.config), PiKVHFCache(models.ours, RUNTIME)
+    for model, cache in zip(models, caches, strict=True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found = [
+                model(tokens[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits[:, -1]
+                for a, b in pairwise(cuts)
+            ]
+        errors.append((torch.stack(found).float() - exact).square().mean().sqrt())
+    assert 0 < errors[1] < 1.1 * errors[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
 def test_a_compiled_model(family):

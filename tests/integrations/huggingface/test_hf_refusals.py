@@ -5,6 +5,10 @@ anything has changed.
 from __future__ import annotations
 
 import copy
+import importlib
+import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ import transformers
 from hf_models import SHARED, make, prompts
 from transformers import DynamicCache
 
-from pikv_megatron.integrations.huggingface import PiKVHFCache, attach, detach, is_attached, model_config
+from pikv_megatron.integrations.huggingface import PiKVHFCache, attach, detach, is_attached, masks, model_config
 from pikv_megatron.integrations.huggingface.attention import pikv_attention, pikv_mask
 
 RUNTIME = {"window": 8, "sinks": 2, "block_size": 8, "max_tokens": 512}
@@ -181,8 +185,70 @@ def test_an_attached_model_without_our_cache_is_as_before(family):
 
 def test_our_attention_on_a_model_that_is_not_attached(model):
     model.set_attn_implementation("pikv")
-    with pytest.raises(RuntimeError, match=r"attn_implementation: 'pikv' is for attached models"):
+    with pytest.raises(RuntimeError, match=r"attn_implementation: 'pikv' is for forwards of an attached model"):
         model(prompts()[0])
+
+
+@torch.no_grad()
+def test_an_attached_model_is_not_told_to_attach(model):
+    """A layer that attends twice; a forward without a cache of ours while one with it goes on."""
+    ids, mask = prompts()
+    cache, module = PiKVHFCache(model, RUNTIME), model.model.layers[0].self_attn
+    k = torch.zeros(3, 2, 1, 8)
+    calls = {
+        "layer 0: attends without having given keys": (lambda *_: pikv_attention(module, k, k, k, None), cache),
+        "without a PiKVHFCache is under way, in another thread": (lambda *_: cache.update(k, k, 0), None),
+    }
+    for reason, (call, given) in calls.items():
+        hook = model.model.layers[0].mlp.register_forward_hook(call)
+        with pytest.raises(RuntimeError, match=reason):
+            model(ids, attention_mask=mask, past_key_values=given)
+        hook.remove()
+        cache.reset()
+    model(ids, attention_mask=mask, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_cache_by_position_and_an_attention_that_was_set_since(model):
+    ids, _ = prompts(1)
+    expected = model.model(ids).last_hidden_state
+    given = model.model(ids, None, None, PiKVHFCache(model, RUNTIME)).last_hidden_state
+    torch.testing.assert_close(given, expected, rtol=0, atol=1e-4)
+    model.set_attn_implementation("eager")
+    given = model.model(ids, past_key_values=PiKVHFCache(model, RUNTIME)).last_hidden_state
+    torch.testing.assert_close(given, expected, rtol=0, atol=1e-4)
+
+
+def test_two_threads_make_the_first_caches_of_a_model(model, monkeypatch):
+    module = importlib.import_module("pikv_megatron.integrations.huggingface.attach")
+    slow = module.decoder_of
+    monkeypatch.setattr(module, "decoder_of", lambda model: (time.sleep(0.2), slow(model))[1])
+    with ThreadPoolExecutor(2) as threads:
+        caches = list(threads.map(lambda _: PiKVHFCache(model, RUNTIME), range(2)))
+    assert len(model.model._forward_hooks) == 1
+    with torch.no_grad():
+        a, b = (model(prompts()[0], past_key_values=cache).logits for cache in caches)
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("take", [pickle.dumps, copy.copy])
+def test_a_cache_is_not_pickled(model, take):
+    with pytest.raises(TypeError, match=r"PiKVHFCache: cannot be pickled, nor copied but by copy\.deepcopy"):
+        take(PiKVHFCache(model, RUNTIME))
+
+
+@torch.no_grad()
+def test_padding_on_the_right_is_said_once(model, caplog):
+    masks._say_once.cache_clear()
+    ids, mask = prompts()
+    left, right = (PiKVHFCache(model, RUNTIME) for _ in range(2))
+    for chunk in (slice(0, 3), slice(3, 40)):  # a row's first chunk is nothing but pads
+        model(ids[:, chunk], attention_mask=mask[:, : chunk.stop], past_key_values=left)
+    assert "attention_mask" not in caplog.text
+    for _ in range(2):
+        model(ids, attention_mask=mask.flip(1), past_key_values=right)
+        right.reset()
+    assert caplog.text.count("attention_mask: rows end in pads") == 1
 
 
 def test_gradients_and_training_are_refused(model):
