@@ -36,21 +36,31 @@ def load(source: Mapping[str, Any] | str | Path) -> tuple[ModelConfig | None, Ru
 
 
 def load_deepspeed(
-    config: Mapping[str, Any] | str | Path,
+    config: Mapping[str, Any] | str | Path | None, pikv: Mapping[str, Any] | str | Path | None = None
 ) -> tuple[dict[str, Any], ModelConfig | None, RuntimeConfig]:
     """Reads a DeepSpeed config (dict or JSON file) whose `"pikv"` block has the sections of a YAML file, or names one.
+
+    Args:
+        config: None is an empty one.
+        pikv: the block, where `config` has none.
 
     Returns:
         What is DeepSpeed's, the block taken out; the model's config (None where the section is missing); the runtime's.
 
     Raises:
-        ConfigError: no such block, a file that is not a JSON object, or as `load`.
+        ConfigError: no such block, or two, a file that is not a JSON object, or as `load`.
     """
-    rest = dict(config) if isinstance(config, Mapping) else _read_json(Path(config))
-    if "pikv" not in rest:
-        raise ConfigError(f"pikv: expected this block in the DeepSpeed config, got the keys {sorted(rest)}")
-    block = rest.pop("pikv")
-    file = from_mapping(_File, read_yaml(block) if isinstance(block, str) else block, "pikv")
+    if config is not None and not isinstance(config, (Mapping, str, Path)):
+        raise ConfigError(f"config: expected a dict or the path of a JSON file, got {type(config).__name__}")
+    rest = _read_json(Path(config)) if isinstance(config, (str, Path)) else dict(config or {})
+    if pikv is None and "pikv" not in rest:
+        raise ConfigError(
+            f"pikv: expected this block in the DeepSpeed config, or as an argument, got the keys {sorted(rest)}"
+        )
+    if pikv is not None and "pikv" in rest:
+        raise ConfigError("pikv: expected once, got a block in the DeepSpeed config and an argument")
+    block = rest.pop("pikv", pikv)
+    file = from_mapping(_File, read_yaml(block) if isinstance(block, (str, Path)) else block, "pikv")
     return rest, file.model, file.runtime
 
 

@@ -69,7 +69,8 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
         where: dotted name of this section, for error messages ("" at the top).
 
     Raises:
-        ConfigError: unknown key (with the nearest known one), wrong type, or what `cls` itself refuses.
+        ConfigError: unknown key (with the nearest known one, of a section below too), wrong type, or what `cls` itself
+            refuses.
     """
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{where or 'config'}: expected a mapping of keys, got {mapping!r}")
@@ -79,11 +80,30 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     for key, value in mapping.items():
         name = f"{where}.{key}" if where else str(key)
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
+            near = _nearest(str(key), fields, _keys_of_sections(hints, fields))
+            hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(fields)}"
             raise ConfigError(f"{name}: unknown key; {hint}")
         values[fields[key].name] = _convert(value, hints[fields[key].name], name)
     return cls(**values)
+
+
+def _nearest(key: str, fields: Mapping[str, Any], below: Mapping[str, str]) -> str | None:
+    """The known key that is most like `key`: one of these fields, or of the sections below where it is much closer."""
+    for known, cutoff in ((fields, 0.8), (below, 0.8), (fields, 0.5)):
+        if near := difflib.get_close_matches(key, known, n=1, cutoff=cutoff):
+            return below[near[0]] if known is below else near[0]
+    return None
+
+
+def _keys_of_sections(hints: Mapping[str, Any], fields: Mapping[str, dataclasses.Field[Any]]) -> dict[str, str]:
+    """Each key of the sections below, as it is written from here: {"codec": "runtime.codec"}."""
+    below: dict[str, str] = {}
+    for key, field in fields.items():
+        hint = hints[field.name]
+        for section in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(section) and typing.get_origin(hint) is not tuple:
+                below |= {_key(inner): f"{key}.{_key(inner)}" for inner in dataclasses.fields(section)}
+    return below
 
 
 def check_fields(config: Any, where: str) -> None:

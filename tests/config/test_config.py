@@ -58,6 +58,11 @@ def test_unknown_keys_name_the_nearest_known_one(section, key, nearest):
 def test_unknown_sections_and_tier_keys_fail():
     with pytest.raises(ConfigError, match=r"^runtim: unknown key; did you mean 'runtime'"):
         load({"runtim": {}})
+    for key, place in (("codec", "runtime.codec"), ("codecs", "runtime.codec"), ("num_layers", "model.num_layers")):
+        with pytest.raises(ConfigError, match=rf"^{key}: unknown key; did you mean '{place}'"):
+            load({key: {}})
+    with pytest.raises(ConfigError, match=r"^runtime\.policy: unknown key; did you mean 'budget\.policy'"):
+        load({"runtime": {"policy": "uniform"}})
     with pytest.raises(ConfigError, match=r"^runtime\.tiers\[1\]\.kin: unknown key; did you mean 'kind'"):
         load({"runtime": {"tiers": [{"kind": "device"}, {"kin": "host"}]}})
 
