@@ -26,11 +26,13 @@ from pikv_megatron.config.io import ConfigError
 from pikv_megatron.integrations.deepspeed.moe import MoEHooks, MoEListener, hook_moe
 from pikv_megatron.integrations.deepspeed.support import init_distributed, local_rank, registry_by_name
 from pikv_megatron.integrations.huggingface import PiKVHFCache, model_config
-from pikv_megatron.integrations.huggingface.model import find_model
+from pikv_megatron.integrations.huggingface.mla import ZERO_3, caches_latents
+from pikv_megatron.integrations.huggingface.model import attention_layers, find_model
 
 __all__ = ["MoEHooks", "MoEListener", "hook_moe", "init_distributed", "init_inference", "initialize"]
 
-DeepSpeedConfig = Mapping[str, Any] | str | Path
+Block = Mapping[str, Any] | str | Path
+DeepSpeedConfig = Block | None
 
 logger = logging.getLogger(__name__)
 
@@ -55,15 +57,23 @@ BY_AUTOTP = {
     "qwen3_moe", "smollm3",
 }  # fmt: skip
 """Model types that the tests run under AutoTP."""
+NO_EFFECT = {
+    "quant": "reads it for its own kernels alone, which PiKV does not run (the cache's codec is pikv.runtime.codec)",
+    "zero": "never reads it (ZeRO is zero_optimization, of initialize)",
+}
+"""Sections of an inference config that DeepSpeed takes and does nothing with here."""
 
 
-def init_inference(model: nn.Module, config: DeepSpeedConfig, **kwargs: Any) -> Any:
+def init_inference(
+    model: nn.Module, config: DeepSpeedConfig = None, *, pikv: Block | None = None, **kwargs: Any
+) -> Any:
     """`deepspeed.init_inference`, with generation on PiKV.
 
     Args:
         model: a transformers model on its usual attention.
         config: as `config.load_deepspeed`; what is DeepSpeed's goes there. tensor_parallel.tp_size is 1 or the number
             of ranks.
+        pikv: the `"pikv"` block, where `config` has none.
         kwargs: further keys of DeepSpeed's config, as it takes them.
 
     Returns:
@@ -75,11 +85,14 @@ def init_inference(model: nn.Module, config: DeepSpeedConfig, **kwargs: Any) -> 
         NotImplementedError: a model, or a choice of DeepSpeed's, that PiKV or AutoTP does not serve exactly, by name.
         ValueError: a tp_size that does not fit the ranks; what DeepSpeed refuses.
     """
-    own, given, runtime = load_deepspeed(config)
+    own, given, runtime = load_deepspeed(config, pikv)
     parsed = DeepSpeedInferenceConfig(**{**own, **kwargs})
     for key in ("replace_with_kernel_inject", "enable_cuda_graph"):
         if getattr(parsed, key):
             raise NotImplementedError(f"{key}: PiKV serves the model's own modules, expected false")
+    for key, meant in NO_EFFECT.items():
+        if own.get(key, kwargs.get(key)):
+            logger.warning("%s: no effect; init_inference of DeepSpeed %s %s", key, deepspeed.__version__, meant)
     host = find_model(model)
     whole = model_config(host)
     _check_given(given, whole, str(parsed.dtype).removeprefix("torch."))
@@ -102,12 +115,13 @@ def init_inference(model: nn.Module, config: DeepSpeedConfig, **kwargs: Any) -> 
     return engine
 
 
-def initialize(model: nn.Module, config: DeepSpeedConfig, **kwargs: Any) -> Any:
+def initialize(model: nn.Module, config: DeepSpeedConfig = None, *, pikv: Block | None = None, **kwargs: Any) -> Any:
     """`deepspeed.initialize` for a model that is to generate on PiKV, its experts spread over the ranks by AutoEP.
 
     Args:
         model: a transformers model on its usual attention.
         config: as `config.load_deepspeed`; what is DeepSpeed's, `expert_parallel` with it, goes there.
+        pikv: the `"pikv"` block, where `config` has none.
         kwargs: further arguments of `deepspeed.initialize`.
 
     Returns:
@@ -120,15 +134,18 @@ def initialize(model: nn.Module, config: DeepSpeedConfig, **kwargs: Any) -> Any:
         NotImplementedError: a model that PiKV or AutoEP does not serve exactly.
         RuntimeError: AutoEP is asked for but knows no layer of this model; or DeepSpeed or transformers have changed.
     """
-    own, given, runtime = load_deepspeed(config)
+    own, given, runtime = load_deepspeed(config, pikv)
     whole = model_config(model)
     _check_given(given, whole, whole.dtype)
     block = own.get("expert_parallel") or {}
     if not isinstance(block, Mapping):
         raise ConfigError(f"expert_parallel: expected a mapping of keys, got {block!r}")
+    host, zero = find_model(model), own.get("zero_optimization")
+    if isinstance(zero, Mapping) and zero.get("stage") == 3 and caches_latents(attention_layers(host)[0][1]):
+        raise NotImplementedError(f"zero_optimization.stage: {_text_config(host).model_type} {ZERO_3}")
     autoep = block.get("enabled")
     if autoep:
-        _check_autoep(_text_config(find_model(model)))
+        _check_autoep(_text_config(host))
     init_distributed()
     with local_rank(), registry_by_name():
         made = deepspeed.initialize(model=model, config=own, **kwargs)
@@ -139,7 +156,12 @@ def initialize(model: nn.Module, config: DeepSpeedConfig, **kwargs: Any) -> Any:
             f"{type(find_model(engine)).__name__}"
         )
     engine.eval()
-    _serve(engine, engine.module.generate, runtime, synced_gpus=dist.get_world_size() > 1)
+
+    def generate(*inputs: Any, **kwargs: Any) -> Any:
+        with local_rank():  # ZeRO-3 asks for it at every forward
+            return engine.module.generate(*inputs, **kwargs)
+
+    _serve(engine, generate, runtime, synced_gpus=dist.get_world_size() > 1)
     return made
 
 
@@ -190,6 +212,7 @@ def _serve(engine: Any, generate: Callable[..., Any], runtime: RuntimeConfig, sy
 
     def generate_on_pikv(*inputs: Any, **kwargs: Any) -> Any:
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
+            _check_no_cache_is_named(engine, kwargs)
             kwargs["use_cache"] = True  # a config without it would feed every token again at each step
             engine.pikv_cache = None  # its memory goes before the next one's is taken
             kwargs["past_key_values"] = engine.pikv_cache = PiKVHFCache(engine, runtime)
@@ -199,3 +222,17 @@ def _serve(engine: Any, generate: Callable[..., Any], runtime: RuntimeConfig, sy
 
     engine.pikv_cache = None
     engine.generate = generate_on_pikv
+
+
+def _check_no_cache_is_named(engine: Any, kwargs: Mapping[str, Any]) -> None:
+    """Checks that no cache of transformers' own is asked for, by whom ever."""
+    for where, name in (
+        ("cache_implementation", kwargs.get("cache_implementation")),
+        ("generation_config", getattr(kwargs.get("generation_config"), "cache_implementation", None)),
+        ("model.generation_config", getattr(find_model(engine).generation_config, "cache_implementation", None)),
+    ):
+        if name is not None:
+            raise ValueError(
+                f"{where}: expected no cache_implementation, since engine.generate makes a PiKVHFCache, got {name!r}; "
+                "for a cache of transformers' own, huggingface.detach(engine) and call engine.module.generate"
+            )

@@ -13,6 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ZERO_3 = (
+    "attends to latents (MLA): their projection is folded into the query at every step, but ZeRO-3 partitions its "
+    "weight; expected a zero_optimization.stage below 3"
+)
+"""Why such a model is not served."""
+
 
 def caches_latents(module: Any) -> bool:
     """Whether an attention module hands its cache latents, and expands what it gets back."""
@@ -25,6 +31,8 @@ def latent_shapes(module: Any) -> tuple[int, int, int, int, float]:
     Raises:
         NotImplementedError: the projection cannot be folded.
     """
+    if hasattr(module.kv_b_proj.weight, "ds_shape"):
+        raise NotImplementedError(f"{type(module).__name__}: {ZERO_3}")
     weight, bias = module.kv_b_proj.weight, getattr(module.kv_b_proj, "bias", None)
     if not weight.is_floating_point() or weight.dim() != 2 or bias is not None:
         raise NotImplementedError("kv_b_proj: expected a plain weight without bias, which can be folded into the query")

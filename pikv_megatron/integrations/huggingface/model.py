@@ -91,7 +91,8 @@ def _router(layer_id: int, module: nn.Module) -> Router | None:
         return None
     for gate in (module, *module.children()):
         weight = getattr(gate, "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] == num_experts:
+        shape: Any = getattr(weight, "ds_shape", getattr(weight, "shape", None))  # ZeRO-3's: what it takes away
+        if isinstance(weight, Tensor) and len(shape) == 2 and shape[0] == num_experts:
             alone = list(module.children()) == [gate]  # a router around its gate, as AutoEP's, which does the choosing
             return Router(layer_id, module if alone else gate, num_experts, topk)
     return None

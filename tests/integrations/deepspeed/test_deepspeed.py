@@ -106,6 +106,30 @@ def test_a_json_file_with_a_model_section_and_further_arguments(tmp_path):
     assert engine.pikv_cache.cache.runtime.codec.keys == "int8"
 
 
+def test_the_block_as_an_argument_and_sections_without_effect(caplog):
+    ids, mask = prompts()
+    engine = host.init_inference(make("Mixtral"), dtype="fp32", quant={"enabled": True}, pikv={"runtime": INT8})
+    engine.generate(ids, attention_mask=mask, max_new_tokens=2)
+    assert engine.pikv_cache.cache.runtime.codec.keys == "int8"
+    assert [r.message.split(";")[0] for r in caplog.records if "no effect" in r.message] == ["quant: no effect"]
+    host.init_inference(make("Mixtral"), {"dtype": "fp32", "zero": {"stage": 3}, "pikv": {}})
+    assert "zero: no effect" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["cache_implementation", "generation_config", "model.generation_config"])
+def test_a_cache_of_transformers_own_is_refused_by_who_asks_for_it(where):
+    engine = host.init_inference(make("Mixtral"), {"dtype": "fp32", "pikv": {"runtime": RUNTIME}})
+    options = {"cache_implementation": "dynamic"}
+    if where == "generation_config":
+        options = {where: GenerationConfig(**options)}
+    elif where != "cache_implementation":
+        engine.module.generation_config.update(**options)
+        options = {}
+    with pytest.raises(ValueError, match=f"^{where}: expected no cache_implementation, .* got 'dynamic'"):
+        engine.generate(*prompts(), max_new_tokens=2, **options)
+    assert engine.pikv_cache is None
+
+
 def test_a_generation_config_that_leaves_beams_to_the_model():
     ids, mask = prompts()
     engine = host.init_inference(make("Mixtral"), {"dtype": "fp32", "pikv": {"runtime": RUNTIME}})
@@ -147,7 +171,10 @@ def test_ranks_that_are_done_wait_for_the_others_unless_told_not_to():
 REFUSED = {
     "no block": ({}, ConfigError, "pikv: expected this block"),
     "unknown key": ({"pikv": {"runtime": {"windo": 1}}}, ConfigError, "pikv.runtime.windo: unknown key"),
-    "unknown section": ({"pikv": {"window": 1}}, ConfigError, "pikv.window: unknown key; known keys: model, runtime"),
+    "section above": ({"pikv": {"window": 1}}, ConfigError, "pikv.window: unknown key; did you mean 'runtime.window'"),
+    "twice": ({"pikv": {}}, ConfigError, "pikv: expected once", {"pikv": {}}),
+    "a list": ([], ConfigError, "config: expected a dict or the path of a JSON file, got list"),
+    "nothing": (None, ConfigError, "pikv: expected this block in the DeepSpeed config, or as an argument"),
     "another model": ({"pikv": {"model": {"num_layers": 5}}}, ConfigError, "pikv.model is for another model"),
     "kernels": ({"replace_with_kernel_inject": True, "pikv": {}}, NotImplementedError, "replace_with_kernel_inject"),
     "graphs": ({"enable_cuda_graph": True, "pikv": {}}, NotImplementedError, "enable_cuda_graph"),
@@ -162,11 +189,12 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_used_is_refused_before_the_model_changes(case):
-    config, error, message = REFUSED[case]
+    config, error, message, *options = REFUSED[case]
+    config = {"dtype": "fp32", **config} if isinstance(config, dict) else config
     model = make("Mixtral")
     before = model.config._attn_implementation
     with pytest.raises(error, match=message):
-        host.init_inference(model, {"dtype": "fp32", **config})
+        host.init_inference(model, config, **dict(*options))
     assert model.config._attn_implementation == before and not is_attached(model)
     assert not hasattr(model, "pikv_cache")
 
@@ -239,6 +267,34 @@ def test_autoep_limits_deepseek_v2_to_groups_that_its_config_does_not_mean():
     model.config.n_group = 1  # what it says
     engine, *_ = host.initialize(model, config)
     assert torch.equal(generate(engine, ids, mask, max_new_tokens=8)[0], tokens)
+
+
+@pytest.mark.parametrize("autoep", [False, True])
+def test_zero_3_leaves_the_labels_as_they_are(autoep):
+    """It takes the weights away between forwards: a router is found by the shape that its weight then has again."""
+    ids, mask = prompts()
+    stock = make("Mixtral")
+    cache = PiKVHFCache(stock, RUNTIME)
+    tokens, _ = generate(stock, ids, mask, max_new_tokens=8, past_key_values=cache)
+    config = {**TRAINING, "zero_optimization": {"stage": 3}, "pikv": {"runtime": RUNTIME}}
+    if autoep:
+        config["expert_parallel"] = {"enabled": True, "autoep_size": 1}
+    engine, *_ = host.initialize(make("Mixtral"), config)
+    assert torch.equal(generate(engine, ids, mask, max_new_tokens=8)[0], tokens)
+    both = engine.pikv_cache.cache, cache.cache
+    ours, theirs = ([c.expert_shard(2, expert).requests() for expert in range(8)] for c in both)
+    assert ours == theirs and sum(map(bool, ours)) > 1
+
+
+def test_zero_3_and_latent_attention_are_refused_by_name():
+    config = {**TRAINING, "zero_optimization": {"stage": 3}, "pikv": {}}
+    with pytest.raises(NotImplementedError, match=r"optimization\.stage: deepseek_v3 attends to latents .* below 3"):
+        host.initialize(make("DeepseekV3"), config)
+    model = make("DeepseekV3")
+    with support.local_rank():
+        engine, *_ = host.deepspeed.initialize(model=model, config={**TRAINING, "zero_optimization": {"stage": 3}})
+    with pytest.raises(NotImplementedError, match=r"DeepseekV3Attention: attends to latents .* ZeRO-3 partitions"):
+        PiKVHFCache(engine, RUNTIME)
 
 
 @pytest.mark.parametrize("family", ["GraniteMoe", "Phimoe", "GptOss", "Olmoe"])
