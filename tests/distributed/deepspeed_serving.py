@@ -136,5 +136,32 @@ def expert_parallel(ranks: int, rank: int, whole: bool) -> dict[str, Any]:
         report[family] = compare(engine, family, ids, mask, BY_ENGINE["AutoEP"] if whole else ALONE, NEW - 24 * rank)
         layers = host.autoep_layers(engine)
         report[family]["local experts"] = [layer.num_local_experts for layer in layers]
+    report["refusals"] = refusals(engine, ids, mask, rank)
     report["registry restored"] = type(registry) is kind and entries.items() <= dict(registry).items()
+    return report
+
+
+def refusals(engine: Any, ids: torch.Tensor, mask: torch.Tensor, rank: int) -> dict[str, Any]:
+    """What each rank is told where rank 1 alone refuses a call, its first step or a later one; and answers before and
+    behind that.
+    """
+    from pikv_megatron.integrations.huggingface import PiKVHFCache
+
+    def told(**options: Any) -> str:
+        try:
+            engine.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False, **options)
+        except (RuntimeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+        return "nothing"
+
+    def sized(tokens: int) -> PiKVHFCache:
+        return PiKVHFCache(engine, {**RUNTIME, "max_tokens": tokens if rank == 1 else 1024})
+
+    before = generate(engine, ids, mask, max_new_tokens=8)[0]
+    caches = {"first step": sized(16), "later step": sized(100)}
+    report: dict[str, Any] = {name: told(past_key_values=cache) for name, cache in caches.items()}
+    report["call"] = told(**({"cache_implementation": "dynamic"} if rank == 1 else {}))
+    report["held"] = [caches["first step"].get_seq_length(), caches["later step"].get_seq_length()]
+    after = generate(engine, ids, mask, max_new_tokens=8)[0]
+    report["goes on"] = torch.equal(before, after)
     return report

@@ -112,3 +112,16 @@ def test_autoep_generates_what_one_rank_does_though_ranks_end_at_different_steps
     rows = [len(report["expert parallel"][family]["tokens"]) for report in ranks]
     lengths = [len(report["expert parallel"][family]["tokens"][0]) for report in ranks]
     assert rows == [3, 2] and lengths == [40 + 64, 48 + 40]
+
+
+def test_a_step_that_one_autoep_rank_refuses_is_taken_by_none_and_all_are_told(ranks):
+    """Neither waits for the other; both go on with the next call."""
+    told = [report["expert parallel"]["refusals"] for report in ranks]
+    refused = "RuntimeError: no rank takes this step, since it was refused by rank 1: "
+    for when, error in (("first step", "PoolFullError: "), ("later step", "PoolFullError: "), ("call", "ValueError: ")):
+        assert told[1][when].startswith(error)
+        assert told[0][when] == refused + told[1][when]
+    assert told[0]["held"][0] == told[1]["held"][0] == 0
+    steps = [seen["held"][1] - columns for seen, columns in zip(told, (40, 48), strict=True)]
+    assert steps[0] == steps[1] > 0
+    assert all(seen["goes on"] for seen in told)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import nn
 
 from pikv_megatron.config import ModelConfig, RuntimeConfig, check_same_model, load_deepspeed
 from pikv_megatron.config.io import ConfigError
+from pikv_megatron.integrations.deepspeed.agreement import Agreement
 from pikv_megatron.integrations.deepspeed.moe import MoEHooks, MoEListener, hook_moe
 from pikv_megatron.integrations.deepspeed.support import init_distributed, local_rank, registry_by_name
 from pikv_megatron.integrations.huggingface import PiKVHFCache, model_config
@@ -161,7 +163,7 @@ def initialize(model: nn.Module, config: DeepSpeedConfig = None, *, pikv: Block 
         with local_rank():  # ZeRO-3 asks for it at every forward
             return engine.module.generate(*inputs, **kwargs)
 
-    _serve(engine, generate, runtime, synced_gpus=dist.get_world_size() > 1)
+    _serve(engine, generate, runtime, Agreement() if dist.get_world_size() > 1 else None)
     return made
 
 
@@ -207,18 +209,28 @@ def _check_autotp(config: Any, tp_size: int) -> None:
         )
 
 
-def _serve(engine: Any, generate: Callable[..., Any], runtime: RuntimeConfig, synced_gpus: bool = False) -> None:
-    """Puts a `generate` that makes its own cache in front of an engine's; the first cache attaches the model."""
+def _serve(
+    engine: Any, generate: Callable[..., Any], runtime: RuntimeConfig, agreement: Agreement | None = None
+) -> None:
+    """Puts a `generate` that makes its own cache in front of an engine's; the first cache attaches the model.
+
+    agreement: of ranks whose forwards meet in collectives.
+    """
 
     def generate_on_pikv(*inputs: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
-            _check_no_cache_is_named(engine, kwargs)
-            kwargs["use_cache"] = True  # a config without it would feed every token again at each step
-            engine.pikv_cache = None  # its memory goes before the next one's is taken
-            kwargs["past_key_values"] = engine.pikv_cache = PiKVHFCache(engine, runtime)
-        if synced_gpus:
+        given = kwargs.get("past_key_values")
+        ours = kwargs.get("use_cache") is not False if given is None else isinstance(given, PiKVHFCache)
+        if agreement is not None:
             kwargs.setdefault("synced_gpus", True)
-        return generate(*inputs, **kwargs)
+        with agreement.call() if agreement is not None and ours else nullcontext():
+            if ours and given is None:
+                _check_no_cache_is_named(engine, kwargs)
+                kwargs["use_cache"] = True  # a config without it would feed every token again at each step
+                engine.pikv_cache = None  # its memory goes before the next one's is taken
+                kwargs["past_key_values"] = engine.pikv_cache = PiKVHFCache(engine, runtime)
+            if ours and agreement is not None:
+                kwargs["past_key_values"].agreement = agreement
+            return generate(*inputs, **kwargs)
 
     engine.pikv_cache = None
     engine.generate = generate_on_pikv

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,8 @@ class PiKVHFCache(Cache):
             self.latents = False  # a config with MLA is refused
             self.cache = PiKVCache(model_config(source), runtime)
         super().__init__(layers=[_Layer(self, layer_id) for layer_id in range(self.cache.model.num_layers)])
+        self.agreement: AbstractContextManager[None] = nullcontext()
+        """Entered around what may refuse a step, before anything has changed: where ranks take steps together."""
         self._rows: list[int] = []
         self._next_id = 0
         self._mask: Tensor | None = None
@@ -140,7 +143,9 @@ class PiKVHFCache(Cache):
     def plan(self, layer_id: int, batch: int, columns: int, mask: Tensor | None) -> Step:
         """The step that a layer is in; made at layer 0, where one that does not fit is refused whole."""
         if layer_id == 0:
-            self._step = self._plan(batch, columns, mask)
+            with self.agreement:
+                rows, mask, step = self._plan(batch, columns, mask)  # changes nothing
+            self._rows, self._mask, self._step = rows, mask, step
         assert self._step is not None
         return self._step
 
@@ -196,7 +201,8 @@ class PiKVHFCache(Cache):
         for row, request_id, at in self._real(step):
             self.cache.observe_routing(layer_id, ids[row, at], gates[row, at], request_id)
 
-    def _plan(self, batch: int, columns: int, mask: Tensor | None) -> Step:
+    def _plan(self, batch: int, columns: int, mask: Tensor | None) -> tuple[list[int], Tensor | None, Step]:
+        """Rows and mask behind the next forward, and its step; raises where it does not fit."""
         rows = self._rows or self._fresh(batch)
         if len(rows) != batch:
             raise ValueError(f"input_ids: expected a batch of {len(rows)} rows as before, got {batch}; or reset()")
@@ -207,8 +213,7 @@ class PiKVHFCache(Cache):
         tokens = {rows[i]: step.count(i) for i in range(batch) if step.count(i)}
         self._check_rows(len(live.union(tokens)))
         self.cache.check_room(tokens)
-        self._rows, self._mask = rows, mask
-        return step
+        return rows, mask, step
 
     def _read_mask(self, batch: int, columns: int, mask: Tensor | None) -> tuple[list[Tensor | None], Tensor | None]:
         """Real columns per row, and the mask over all columns so far (None where there are no pads)."""

@@ -160,9 +160,9 @@ def test_each_calls_cache_is_gone_before_the_next_takes_its_memory(monkeypatch):
 
 def test_ranks_that_are_done_wait_for_the_others_unless_told_not_to():
     calls = []
-    for synced_gpus in (False, True):
+    for agreement in (None, object()):
         engine = types.SimpleNamespace()
-        host._serve(engine, lambda **options: calls.append(options.get("synced_gpus")), None, synced_gpus)
+        host._serve(engine, lambda **options: calls.append(options.get("synced_gpus")), None, agreement)
         engine.generate(use_cache=False)
         engine.generate(use_cache=False, synced_gpus=False)
     assert calls == [None, False, True, False]
