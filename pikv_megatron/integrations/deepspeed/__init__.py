@@ -26,7 +26,7 @@ from pikv_megatron.config import ModelConfig, RuntimeConfig, check_same_model, l
 from pikv_megatron.config.io import ConfigError
 from pikv_megatron.integrations.deepspeed.agreement import Agreement
 from pikv_megatron.integrations.deepspeed.moe import MoEHooks, MoEListener, hook_moe
-from pikv_megatron.integrations.deepspeed.support import init_distributed, local_rank, registry_by_name
+from pikv_megatron.integrations.deepspeed.support import float32_kept, init_distributed, local_rank, registry_by_name
 from pikv_megatron.integrations.huggingface import PiKVHFCache, model_config
 from pikv_megatron.integrations.huggingface.mla import ZERO_3, caches_latents
 from pikv_megatron.integrations.huggingface.model import attention_layers, find_model
@@ -104,7 +104,8 @@ def init_inference(
         raise ValueError(f"tensor_parallel.tp_size: expected 1 or the number of ranks, {ranks}, got {tp_size}")
     if tp_size > 1:
         _check_autotp(_text_config(host), tp_size)
-    engine = deepspeed.init_inference(model, config=own, **kwargs)
+    with float32_kept(host):
+        engine = deepspeed.init_inference(model, config=own, **kwargs)
     generate = engine.generate
 
     def generate_with_beams_said(*inputs: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed import comm
+from torch import Tensor, nn
 
 from pikv_megatron.launch import init_process_group
 
@@ -123,3 +125,26 @@ def registry_by_name() -> Iterator[None]:
         yield
     finally:
         registry.__class__ = host
+
+
+@contextmanager
+def float32_kept(model: Any) -> Iterator[None]:
+    """While it lasts, DeepSpeed may cast a transformers model; what the model is to keep in float32 is so again at its
+    end, with the values from before: the routers' correction biases of DeepSeek-V3, GLM-4-MoE and others choose other
+    experts once they are rounded.
+    """
+    keys = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    kept = {
+        name: tensor.detach().clone()
+        for name, tensor in _tensors(model)
+        if tensor.dtype == torch.float32 and not tensor.is_meta and any(f".{key}." in f".{name}." for key in keys)
+    }
+    yield
+    for name, tensor in _tensors(model):
+        if name in kept:
+            tensor.data = kept[name].to(tensor.device)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()

@@ -130,6 +130,20 @@ def test_a_cache_of_transformers_own_is_refused_by_who_asks_for_it(where):
     assert engine.pikv_cache is None
 
 
+def test_biases_that_are_to_stay_in_float32_do():
+    """DeepSpeed casts all of a model; transformers leaves the bias that GLM-4-MoE's routers choose by in float32."""
+    model = make("Glm4Moe").bfloat16()
+    gates = [layer.mlp.gate for layer in model.model.layers[1:]]
+    biases = [torch.rand(8, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    for gate, bias in zip(gates, biases, strict=True):
+        gate.e_score_correction_bias.data = bias.clone()
+    engine = host.init_inference(model, {"dtype": "bf16", "pikv": {"runtime": RUNTIME}})
+    for gate, bias in zip(gates, biases, strict=True):
+        assert gate.e_score_correction_bias.dtype == torch.float32 and gate.weight.dtype == torch.bfloat16
+        assert torch.equal(gate.e_score_correction_bias, bias)
+    generate(engine, *prompts(), max_new_tokens=2)
+
+
 def test_a_generation_config_that_leaves_beams_to_the_model():
     ids, mask = prompts()
     engine = host.init_inference(make("Mixtral"), {"dtype": "fp32", "pikv": {"runtime": RUNTIME}})

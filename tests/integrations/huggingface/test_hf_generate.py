@@ -157,19 +157,19 @@ def experts_of(out: Any, rows: int) -> Tensor:
 
 
 @torch.no_grad()
-def int8_beside_exact(models, held: bool) -> tuple[Tensor, Tensor, PiKVHFCache]:
-    """INT8's logits for DynamicCache's own answer, with free routers or with their choices held to those made there.
+def beside_exact(models, cache, held: bool) -> tuple[Tensor, Tensor]:
+    """Our model's logits on a cache for the stock one's own answer, with free routers or with their choices held to
+    those made there.
 
     Returns:
         [steps, rows]: the worst logit's error in standard deviations; whether a free router chose otherwise for the
-        token. The cache.
+        token.
     """
     ids, mask = prompts()
     exact: list[Any] = []
     free: list[Any] = []
     hooks = [gate.register_forward_hook(lambda gate, args, out: exact.append(out)) for gate in gates(models.stock)]
     tokens, logits, _ = answers(models.stock, DynamicCache(config=models.stock.config), ids, mask)
-    cache = PiKVHFCache(models.ours, {**RUNTIME, "codec": {"keys": "int8", "values": "int8"}})
     hooks += [gate.register_forward_hook(lambda gate, args, out: free.append(out)) for gate in gates(models.ours)]
     if held:
         replay = iter(exact)
@@ -184,15 +184,20 @@ def int8_beside_exact(models, held: bool) -> tuple[Tensor, Tensor, PiKVHFCache]:
     rows = len(ids)
     others = [(experts_of(a, rows) != experts_of(b, rows)).any(-1) for a, b in zip(exact, free, strict=True)]
     others = others or [torch.zeros(rows, dtype=torch.bool)] * NEW  # no routers
-    errors = (torch.stack(found) - logits).abs().amax(-1) / logits.std()
-    return errors, torch.stack(others).unflatten(0, (NEW, -1)).any(1), cache
+    errors = (torch.stack(found).float() - logits).abs().amax(-1) / logits.std()
+    return errors, torch.stack(others).unflatten(0, (NEW, -1)).any(1)
+
+
+def int8_cache(model) -> PiKVHFCache:
+    return PiKVHFCache(model, {**RUNTIME, "codec": {"keys": "int8", "values": "int8"}})
 
 
 def test_int8(models):
     """The routers' choices are held: near a tie, a small error makes another expert of it, and a bound on logits would
     be one on luck.
     """
-    errors, _, cache = int8_beside_exact(models, held=True)
+    cache = int8_cache(models.ours)
+    errors, _ = beside_exact(models, cache, held=True)
     assert errors.max() < INT8_BOUND
     assert (errors.max() > 1e-4) == (cache.cache.stats()["tiers"]["device"]["blocks_used"] > 0)  # sliding: all raw
 
@@ -206,10 +211,21 @@ def test_int8s_outliers_are_other_experts(family, changes):
     expert than in the exact run, and in no others. With the choices held there is none.
     """
     models = Models(make(family, **changes), make(family, **changes))
-    errors, others, _ = int8_beside_exact(models, held=False)
+    errors, others = beside_exact(models, int8_cache(models.ours), held=False)
     assert errors.max() > 2 * INT8_BOUND
     assert not ((errors > INT8_BOUND) & ~others).any()
-    assert int8_beside_exact(models, held=True)[0].max() < INT8_BOUND
+    assert beside_exact(models, int8_cache(models.ours), held=True)[0].max() < INT8_BOUND
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache_of", [lambda m: DynamicCache(config=m.config), lambda m: PiKVHFCache(m, RUNTIME)])
+def test_bfloat16s_outliers_are_other_experts(cache_of):
+    """As INT8's, on any cache, transformers' own included; GLM-4-MoE in bfloat16 beside itself in float32."""
+    models = Models(make("Glm4Moe"), make("Glm4Moe").bfloat16())
+    errors, others = beside_exact(models, cache_of(models.ours), held=False)
+    assert errors.max() > 0.2
+    assert not ((errors > 0.06) & ~others).any()
+    assert beside_exact(models, cache_of(models.ours), held=True)[0].max() < 0.06
 
 
 @pytest.mark.parametrize(("family", "changes"), [("Llama", {}), ("DeepseekV3", {"first_k_dense_replace": 3})])
