@@ -27,7 +27,7 @@ from pikv_megatron.launch.environment import VARIABLES, LaunchError, read_launch
 from pikv_megatron.ops import reference
 
 PACKAGE = Path(__file__).resolve().parents[1]
-TESTED = {"megatron-core": "0.19", "transformers": "5", "deepspeed": "0.19", "mpi4py": "4"}
+TESTED = {"megatron-core": "0.19", "transformers": "5.23", "deepspeed": "0.19", "mpi4py": "4"}
 """Hosts and the versions that the tests run with, as the extras of pyproject.toml have them."""
 HOSTS = {
     "megatron": (("megatron-core",), "static and dynamic contexts, both engines, experts over ranks"),

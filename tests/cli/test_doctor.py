@@ -81,7 +81,7 @@ def test_no_host_is_imported():
 
 
 def test_hosts_are_optional(report, monkeypatch):
-    versions = {"megatron-core": "0.16.1", "transformers": "5.1"}
+    versions = {"megatron-core": "0.16.1", "transformers": "5.24.0", "mpi4py": "4.9"}
 
     def version(name: str) -> str:
         if name not in versions:
@@ -92,10 +92,11 @@ def test_hosts_are_optional(report, monkeypatch):
     status, text = report()
     assert status == 0, text
     assert _line(text, "deepspeed") == "not installed"
-    assert _line(text, "transformers") == "5.1"
+    assert _line(text, "transformers") == "5.24.0"
     assert "megatron-core 0.16.1 is not a version that the tests run with" in text
     assert "remedy: install megatron-core 0.19.x" in text
-    assert "transformers 5.1 is not" not in text
+    assert "transformers 5.24.0 is not a version that the tests run with" in text
+    assert "mpi4py 4.9 is not" not in text
 
 
 @pytest.mark.parametrize(
