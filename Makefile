@@ -18,7 +18,7 @@ BENCHMARKS ?= $(sort $(wildcard benchmarks/bench_*.py benchmarks/decode_*.py))
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input -qq
 CONSTRAINTS := requirements/constraints.txt
-CSRC := $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/* csrc/include/pikv/*)
+CSRC := $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/* csrc/include/pikv/* csrc/ops/*)
 CXX_SOURCES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inl')
 SCRIPTS := .ci/run $(wildcard launch/*.sh launch/slurm/*.sbatch)
 STAMP := $(VENV)/.installed
@@ -36,10 +36,10 @@ install: $(STAMP) ## set up .venv with everything that demo, test and bench need
 $(PY):
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer with venv and ensurepip was found: install one (Debian:" \
 		"python3-venv) or say where it is: make PYTHON=/path/to/python3" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:3]; v >= (3, 11) or sys.exit("pikv_megatron needs Python 3.11 or \
+	@'$(PYTHON)' -c 'import sys; v = sys.version_info[:3]; v >= (3, 11) or sys.exit("pikv_megatron needs Python 3.11 or \
 	newer, PYTHON=$(PYTHON) is %d.%d.%d" % v)'
 	@echo "creating $(VENV)"
-	@$(PYTHON) -m venv $(VENV)
+	@'$(PYTHON)' -m venv $(VENV)
 
 # 1. torch alone; 2. the rest, held to that very torch and to the pinned versions; 3. Megatron-core, whose wheels
 # work on Python 3.11 but declare 3.12: without its requirements, which step 2 has brought (on 3.12 and newer step 2

@@ -1,11 +1,12 @@
-"""Builds the compiled ops (csrc/) where it can; everything else about the package is in pyproject.toml.
+"""Builds the compiled ops (csrc/) and says where a wheel's data come from; the rest is in pyproject.toml.
 
-Without a C++ compiler the package installs all the same and runs on plain torch; PIKV_REQUIRE_EXT=1 makes that an
-error.
+A build has the compiled ops, or it ends with an error. Two environment variables choose:
 
-The CUDA kernels are a library of their own, `_ops_cuda`. They take minutes to compile, so PIKV_CUDA decides: unset,
-they are built where nvcc is found and torch has CUDA; 1 demands them (they load under a torch without CUDA too), 0
-leaves them out.
+    PIKV_BUILD_OPS  1, the default: build them; 0: leave them out. The package then runs on plain torch, which is
+                    slower, and its wheel serves every machine.
+    PIKV_CUDA       auto, the default: build the CUDA kernels too where torch finds a GPU; 1: build them in any case
+                    (they load under a torch without CUDA, too); 0: leave them out. They are a library of their own,
+                    `_ops_cuda`, and take minutes to compile.
 """
 
 import glob
@@ -15,10 +16,15 @@ import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import BaseError, CompileError, LinkError
 
+DATA = {"pikv_megatron.data.assets": "assets", "pikv_megatron.data.launch": "launch"}
+"""Folders of the checkout, and what they are called in a wheel. `pikv_megatron/cli/files.py` finds them in both."""
 SOURCES = [
     "csrc/bindings.cpp",
     "csrc/ops/attend.cpp",
@@ -30,7 +36,8 @@ SOURCES = [
     "csrc/cpu/kernels_scalar.cpp",
 ]
 # gnu++20 rather than c++20: it lets the compiler contract a * b + c, which the kernels count on.
-FLAGS = ["-O3", "-std=gnu++20", "-fvisibility=hidden", "-Wall"]
+# Python's own flags ask for debug information, which would be nine tenths of the library.
+FLAGS = ["-O3", "-g0", "-std=gnu++20", "-fvisibility=hidden", "-Wall"]
 # torch's stable ABI as of 2.13: the library serves every later version; Python it does not touch at all.
 MACROS = [("TORCH_TARGET_VERSION", "0x020d000000000000")]
 
@@ -43,9 +50,11 @@ def choice(name: str, *known: str) -> str:
     return value
 
 
-REQUIRED = choice("PIKV_REQUIRE_EXT", "0", "1") == "1"
-CUDA_OPS = "pikv_megatron._ops_cuda"
+BUILD_OPS = choice("PIKV_BUILD_OPS", "1", "0") == "1"
+OPS, CUDA_OPS = "pikv_megatron._ops", "pikv_megatron._ops_cuda"
 CUDA_CHOICE = choice("PIKV_CUDA", "auto", "0", "1")
+if CUDA_CHOICE == "1" and not BUILD_OPS:
+    raise SystemExit("pikv_megatron: PIKV_CUDA=1 needs the compiled ops, which PIKV_BUILD_OPS=0 leaves out")
 CUDA_ARCHITECTURES = ("80", "90a", "100a")  # those of them that nvcc knows
 
 # How a compiler that is missing or fails shows: by what BuildExtension raises when it asks for its version, and by what
@@ -53,18 +62,22 @@ CUDA_ARCHITECTURES = ("80", "90a", "100a")  # those of them that nvcc knows
 FAILURES = (OSError, RuntimeError, subprocess.CalledProcessError, BaseError, CompileError, LinkError)
 
 
-def without_ops(reason: object) -> None:
-    """Ends the build where the ops are required, else says loudly what follows."""
-    if REQUIRED:
-        raise SystemExit(f"pikv_megatron: the compiled ops cannot be built and PIKV_REQUIRE_EXT=1: {reason}")
-    logging.warning("pikv_megatron: the compiled ops were NOT built, plain torch will be used: %s", reason)
+def refuse_ops(reason: object) -> NoReturn:
+    """Ends the build: says why the ops cannot be built, how they can, and how to do without them."""
+    raise SystemExit(
+        f"pikv_megatron: the compiled ops cannot be built: {reason}\n"
+        "  They need g++, and torch 2.13 or newer that the build can see: pip install --no-build-isolation .\n"
+        "  To install without them, on plain torch, which is slower: PIKV_BUILD_OPS=0 pip install ."
+    )
 
 
-def without_cuda(reason: object) -> None:
-    """Ends the build where CUDA is demanded, else says what follows."""
-    if CUDA_CHOICE == "1":
-        raise SystemExit(f"pikv_megatron: the CUDA kernels cannot be built and PIKV_CUDA=1: {reason}")
-    logging.warning("pikv_megatron: the CUDA kernels were not built, ops on a GPU will not run: %s", reason)
+def refuse_cuda(reason: object) -> NoReturn:
+    """Ends the build: says why the CUDA kernels cannot be built, and how to do without them."""
+    raise SystemExit(
+        f"pikv_megatron: the CUDA kernels cannot be built: {reason}\n"
+        "  They need a CUDA toolkit with nvcc and headers; CUDA_HOME says where it is.\n"
+        "  To install without them, with plain torch on the GPU, which is slower: PIKV_CUDA=0"
+    )
 
 
 def find_cuda() -> Path | None:
@@ -75,16 +88,20 @@ def find_cuda() -> Path | None:
     return next((h for h in homes if (h / "bin/nvcc").exists() and (h / "include/cuda_runtime_api.h").exists()), None)
 
 
-def cuda_extension(torch_has_cuda: bool) -> list[Extension]:
+def cuda_extension() -> list[Extension]:
     """The library of CUDA kernels, or nothing; `compile_kernels` adds the objects that nvcc makes."""
-    if CUDA_CHOICE == "0" or (CUDA_CHOICE == "auto" and not torch_has_cuda):
+    import torch
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    if CUDA_CHOICE == "0" or (CUDA_CHOICE == "auto" and not torch.cuda.is_available()):
         return []
     home = find_cuda()
     if home is None:
-        without_cuda("no CUDA toolkit with nvcc and headers was found (CUDA_HOME says where)")
+        if CUDA_CHOICE == "1":
+            refuse_cuda("no CUDA toolkit was found")
+        # Many who have a GPU have no toolkit. The package says at import that plain torch runs on the GPU.
+        logging.warning("pikv_megatron: there is a GPU but no CUDA toolkit (CUDA_HOME): no CUDA kernels are built")
         return []
-    from torch.utils.cpp_extension import include_paths, library_paths
-
     ops = Extension(
         CUDA_OPS,
         sorted(map(str, Path("csrc/cuda").glob("*.cpp"))),
@@ -126,35 +143,57 @@ def compile_kernels(folder: str) -> list[str]:
         return list(pool.map(compile_one, sorted(Path("csrc/cuda").glob("*.cu"))))
 
 
-def extension() -> dict[str, object]:
-    """What `setup` needs to build the ops, or nothing where torch is not there to build against."""
+class CleanBuild(build_py):
+    """Forgets what an earlier build has left in `build/`: modules that have moved since, and kernels that are no longer
+    asked for, would be in the wheel too.
+    """
+
+    def run(self) -> None:
+        wanted = {ops.name.rpartition(".")[2] for ops in self.distribution.ext_modules or []}
+        if not self.editable_mode:
+            for file in Path(self.build_lib).rglob("*.*"):
+                if file.is_file() and file.name.split(".")[0] not in wanted:
+                    file.unlink()
+        super().run()
+
+
+def refusing(reason: str) -> type[build_ext]:
+    """A build_ext that cannot build: all else, such as a source distribution, can still be made."""
+
+    class RefuseBuild(build_ext):
+        def run(self) -> None:
+            refuse_ops(reason)
+
+    return RefuseBuild
+
+
+def compiled_ops() -> tuple[list[Extension], dict[str, type[build_ext]]]:
+    """The extensions to build, and the command that builds them; neither where they are to be left out."""
+    if not BUILD_OPS:
+        return [], {}
     try:
-        import torch.version
+        import torch
         from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
     except ImportError as error:
-        without_ops(error)
-        return {}
+        refuse = refusing(f"{error}. pip's build isolation hides a torch that is installed")
+        return [Extension(OPS, SOURCES)], {"build_ext": refuse}
+    if torch.__version__ < "2.13":
+        return [Extension(OPS, SOURCES)], {"build_ext": refusing(f"torch {torch.__version__} is too old")}
 
-    class OptionalBuild(BuildExtension):  # type: ignore[misc]
+    class BuildOps(BuildExtension):  # type: ignore[misc]
         def build_extensions(self) -> None:
             for cuda_ops in [e for e in self.extensions if e.name == CUDA_OPS]:
                 try:
                     cuda_ops.extra_objects = compile_kernels(self.build_temp)
                 except (OSError, subprocess.CalledProcessError) as error:
-                    without_cuda(error)
-                    self.extensions.remove(cuda_ops)
+                    refuse_cuda(error)
             try:
                 super().build_extensions()
             except FAILURES as error:
-                without_ops(error)
-                self.extensions = []
-
-        def copy_extensions_to_source(self) -> None:
-            if self.extensions:
-                super().copy_extensions_to_source()
+                refuse_ops(error)
 
     ops = Extension(
-        "pikv_megatron._ops",
+        OPS,
         SOURCES,
         include_dirs=["csrc", "csrc/include", "csrc/cpu", *include_paths()],
         library_dirs=library_paths(),
@@ -165,11 +204,14 @@ def extension() -> dict[str, object]:
         py_limited_api=True,
         depends=sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/cpu/*.inl")),
     )
-    return {
-        "ext_modules": [ops, *cuda_extension(torch.version.cuda is not None)],
-        "cmdclass": {"build_ext": OptionalBuild.with_options(use_ninja=False)},
-        "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
-    }
+    return [ops, *cuda_extension()], {"build_ext": BuildOps.with_options(use_ninja=False)}
 
 
-setup(**extension())
+extensions, commands = compiled_ops()
+setup(
+    packages=[*find_packages(include=["pikv", "pikv_megatron", "pikv_megatron.*"]), *DATA],
+    package_dir=DATA,
+    ext_modules=extensions,
+    cmdclass={"build_py": CleanBuild, **commands},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},  # counts only where there are extensions
+)

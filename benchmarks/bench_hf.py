@@ -136,8 +136,8 @@ def make(row: str, model: Any, context: int, source: DynamicCache, stack: ExitSt
 
 
 def decoding_press(target: int) -> Any:
-    """kvpress's press that compresses while decoding. It imports two packages for methods that are not timed here."""
-    for name in ("datasets", "fire"):
+    """kvpress's press that compresses while decoding. It imports three packages for methods that are not timed here."""
+    for name in ("datasets", "fire", "requests"):
         if name not in sys.modules and not installed(name):
             sys.modules[name] = types.ModuleType(name)
             sys.modules[name].load_dataset = None  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What the subcommands share: where the bundled files are, overrides on the command line, a model on its host."""
+"""What the subcommands share: the files they take by default, overrides on the command line, a model on its host."""
 
 from __future__ import annotations
 
@@ -12,21 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from pikv_megatron import ops  # noqa: F401 - so that what keeps them from loading is said before anything is done
+from pikv_megatron.cli.files import bundled
 from pikv_megatron.config import ModelConfig, RuntimeConfig, check_same_model, load
 from pikv_megatron.config.io import ConfigError, parse_yaml, read_yaml
 from pikv_megatron.launch.environment import read_launch
 
-ROOT = Path(__file__).resolve().parents[2]
-SMALL_MOE = ROOT / "assets" / "small_moe"
-HELD_OUT_TEXT = ROOT / "assets" / "text" / "kjv_heldout.txt"
-SMALL_MOE_CONFIG = ROOT / "launch" / "configs" / "small_moe.yaml"
-
-
-def bundled(path: Path) -> Path:
-    """`path`, which a source checkout has. Raises FileNotFoundError that says so where it is missing."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: not found; it is part of a source checkout, run from one or name your own")
-    return path
+SMALL_MOE = bundled("assets/small_moe")
+HELD_OUT_TEXT = bundled("assets/text/kjv_heldout.txt")
+SMALL_MOE_CONFIG = bundled("launch/configs/small_moe.yaml")
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[ModelConfig | None, RuntimeConfig]:

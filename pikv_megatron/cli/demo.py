@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,11 +23,11 @@ from pikv_megatron.cli.common import (
     HELD_OUT_TEXT,
     SMALL_MOE,
     SMALL_MOE_CONFIG,
-    bundled,
     check_single_rank,
     megatron_model,
     read_config,
 )
+from pikv_megatron.cli.files import checkpoint_folder
 from pikv_megatron.facts import Document, documents, load_text
 
 if TYPE_CHECKING:
@@ -81,11 +82,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--length", type=int, default=960, help="tokens (bytes) per document; the model knows up to 1,024"
     )
     parser.add_argument("--text", default=str(HELD_OUT_TEXT), help="the text that facts are hidden in")
-    parser.add_argument("--model", default=str(SMALL_MOE))
+    parser.add_argument(
+        "--model",
+        default=str(SMALL_MOE),
+        help="folder of a Mixtral checkpoint, or the id of one in the Hub's local cache",
+    )
     parser.add_argument("--config", default=str(SMALL_MOE_CONFIG))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--json", action="store_true", help="print the results as one JSON object, without the table")
 
 
 @dataclass
@@ -110,16 +116,23 @@ def run(args: argparse.Namespace) -> int:
     """Runs `pikv demo`."""
     check_single_rank("demo")
     began = time.perf_counter()
-    text = load_text(bundled(Path(args.text)))
+    text = load_text(Path(args.text))
     papers = documents(
         text, count=args.documents, length=args.length, num_facts=args.facts, num_questions=args.facts, seed=args.seed
     )
-    print(_excerpt(papers[0]), end="\n\n")
+    if not args.json:
+        print(_excerpt(papers[0]), end="\n\n")
     rows = ask_all(papers, args)
+    device = "GPU" if torch.cuda.is_available() else "CPU"
+    seconds = time.perf_counter() - began
+    if args.json:
+        what = {name: getattr(args, name) for name in ("documents", "facts", "length", "seed", "threads")}
+        print(json.dumps({**what, "device": device, "seconds": seconds, "caches": results(rows)}, indent=1))
+        return 0
     print(table(rows))
     print(
         f"\n{len(papers)} documents of {args.length} tokens, {args.facts} facts each; {args.threads} threads on "
-        f"{'GPU' if torch.cuda.is_available() else 'CPU'}; {time.perf_counter() - began:.0f} s in all"
+        f"{device}; {seconds:.0f} s in all"
     )
     return 0
 
@@ -136,7 +149,7 @@ def ask_all(papers: Sequence[Document], args: argparse.Namespace) -> list[Row]:
     """Every cache's row, the stock one first."""
     longest = max(len(paper.text) + sum(len(f.text) for f in paper.questions) for paper in papers)
     model_cfg, _ = read_config(args.config)
-    model = megatron_model(args.model, model_cfg, args.threads)
+    model = megatron_model(checkpoint_folder(args.model), model_cfg, args.threads)
 
     from pikv_megatron.integrations import megatron
     from pikv_megatron.integrations.megatron.session import Session
@@ -203,21 +216,42 @@ def _bytes(session: Session) -> tuple[dict[str, int], int]:
     return held, stats["bytes_allocated"]
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as aligned text. Missed mass is the worst certificate of any head, layer and step."""
-    lines = [COLUMNS]
+def results(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows as --json gives them. Missed mass is the worst certificate of any head, layer and step."""
+    figures = []
     for row in rows:
         selective = bool(row.reads.get("selective_reads"))
+        figures.append(
+            {
+                "cache": row.name,
+                "answers_right": row.right,
+                "questions": row.asked,
+                "kv_bytes": row.kv_bytes,
+                "bytes_allocated": row.allocated,
+                "tokens_per_second": row.steps / row.seconds,
+                "max_logit_difference": None if row is rows[0] else row.difference,
+                "share_read": row.reads["share_read_mean"] if selective else 1.0,
+                "missed_certificate_max": row.reads["missed_certificate_max"] if selective else 0.0,
+            }
+        )
+    return figures
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as aligned text."""
+    lines = [COLUMNS]
+    for row in results(rows):
+        difference, missed = row["max_logit_difference"], row["missed_certificate_max"]
         cells = (
-            row.name,
-            f"{row.right} of {row.asked}",
-            f"{row.kv_bytes['device']:,}",
-            f"{row.kv_bytes.get('host', 0):,}",
-            f"{row.allocated:,}",
-            f"{row.steps / row.seconds:.0f}",
-            "-" if row is rows[0] else f"{row.difference:.1e}",
-            f"{row.reads['share_read_mean']:.0%}" if selective else "100%",
-            f"{row.reads['missed_certificate_max']:.4f}" if selective else "0",
+            row["cache"],
+            f"{row['answers_right']} of {row['questions']}",
+            f"{row['kv_bytes']['device']:,}",
+            f"{row['kv_bytes'].get('host', 0):,}",
+            f"{row['bytes_allocated']:,}",
+            f"{row['tokens_per_second']:.0f}",
+            "-" if difference is None else f"{difference:.1e}",
+            f"{row['share_read']:.0%}",
+            f"{missed:.4f}" if missed else "0",
         )
         lines.append(cells)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

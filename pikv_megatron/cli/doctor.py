@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -27,7 +28,7 @@ from pikv_megatron.launch.environment import VARIABLES, LaunchError, read_launch
 from pikv_megatron.ops import reference
 
 PACKAGE = Path(__file__).resolve().parents[1]
-TESTED = {"megatron-core": "0.19", "transformers": "5", "deepspeed": "0.19", "mpi4py": "4"}
+TESTED = {"megatron-core": "0.19", "transformers": "5.23", "deepspeed": "0.19", "mpi4py": "4"}
 """Hosts and the versions that the tests run with, as the extras of pyproject.toml have them."""
 HOSTS = {
     "megatron": (("megatron-core",), "static and dynamic contexts, both engines, experts over ranks"),
@@ -38,6 +39,7 @@ HOSTS = {
     ),
 }
 """What `pikv generate --host` takes: what it needs, and what PiKV does on it."""
+REBUILD = "run `make -B install` in a checkout, or install again as README.md says under 'Install'"
 FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16")
 
 Facts = dict[str, str]
@@ -52,11 +54,12 @@ class Problem(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It takes none."""
+    """The options of `pikv doctor`."""
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the report; 1 where something is broken."""
+    """Runs `pikv doctor`; 1 where something is broken."""
     problems: list[Problem] = []
     sections = {
         "versions": _versions(problems),
@@ -66,15 +69,24 @@ def run(args: argparse.Namespace) -> int:
         "CUDA": _cuda(problems),
         "launcher": _launcher(problems),
     }
+    problems.sort(key=lambda problem: not problem.broken)
+    if args.json:
+        listed = [problem._asdict() for problem in problems]
+        print(json.dumps({**sections, "problems": listed}, indent=1))
+    else:
+        _print(sections, problems)
+    return int(any(problem.broken for problem in problems))
+
+
+def _print(sections: dict[str, Facts], problems: list[Problem]) -> None:
     width = max(len(name) for facts in sections.values() for name in facts) + 2
     for title, facts in sections.items():
         print(title)
         for name, text in facts.items():
             print(f"  {name:{width}}{text}")
     print("problems" if problems else "no problems")
-    for number, problem in enumerate(sorted(problems, key=lambda p: not p.broken), start=1):
+    for number, problem in enumerate(problems, start=1):
         print(f"  {number}. {'broken: ' if problem.broken else ''}{problem.text}\n     remedy: {problem.remedy}")
-    return int(any(problem.broken for problem in problems))
 
 
 def _versions(problems: list[Problem]) -> Facts:
@@ -172,7 +184,7 @@ def _ops(problems: list[Problem]) -> Facts:
     else:
         kernels = "none, plain torch: the compiled ops are not built"
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-        remedy = f"make install (compiler: {compiler})" if compiler else "install a C++ compiler, then make install"
+        remedy = f"{REBUILD} (compiler: {compiler})" if compiler else f"install a C++ compiler, then {REBUILD}"
         problems.append(Problem("the compiled ops are not built: plain torch runs, which is slower", remedy, False))
     return {
         "PIKV_OPS": os.environ.get("PIKV_OPS", "not set: auto"),
@@ -215,7 +227,7 @@ def _self_check(device: torch.device, problems: list[Problem]) -> str:
     differing = ", ".join(name for name in calls if not same(name))
     if not differing:
         return f"agrees with plain torch ({len(calls)} ops)"
-    remedy = "make install builds the ops anew; PIKV_OPS=reference does without them"
+    remedy = f"{REBUILD}; PIKV_OPS=reference does without the ops"
     problems.append(Problem(f"on {device.type} these do not compute what plain torch does: {differing}", remedy, True))
     return f"differs: {differing}"
 
@@ -228,13 +240,14 @@ def _cuda(problems: list[Problem]) -> Facts:
     library = _library("_ops_cuda*.so")
     state = "not built" if library is None else f"{library}, loads"
     if library is None and gpus:
-        problems.append(Problem("the CUDA ops are not built: plain torch runs on the GPU", "make install", False))
+        remedy = f"with a CUDA toolkit (nvcc) {REBUILD}"
+        problems.append(Problem("the CUDA ops are not built: plain torch runs on the GPU", remedy, False))
     if library is not None:
         try:
             torch.ops.load_library(library)
         except OSError as error:
             state = f"{library}, does not load"
-            problems.append(Problem(f"{library.name} does not load: {error}", "make install builds it anew", True))
+            problems.append(Problem(f"{library.name} does not load: {error}", REBUILD, True))
     return {
         "GPUs": "; ".join(f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory >> 30} GiB" for gpu in gpus)
         or "none",

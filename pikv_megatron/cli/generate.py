@@ -1,6 +1,7 @@
 """Continue a prompt with a model on Megatron-core, DeepSpeed or Hugging Face through PiKV, streaming the text.
 
-The text goes to stdout; the progress bar and the closing figures go to stderr.
+The text goes to stdout; the progress bar and the closing figures go to stderr. With --json stdout gets one JSON object
+with all of it at the end.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor, distributed
 from tqdm import tqdm
 
-from pikv_megatron.cli.common import SMALL_MOE, SMALL_MOE_CONFIG, bundled, check_single_rank, read_config
+from pikv_megatron.cli.common import SMALL_MOE, SMALL_MOE_CONFIG, check_single_rank, read_config
+from pikv_megatron.cli.files import checkpoint_folder
 from pikv_megatron.cli.hosts import HOSTS, Request, Session
 from pikv_megatron.config import dump
 from pikv_megatron.launch.environment import read_launch
@@ -36,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default=str(SMALL_MOE),
-        help="directory of a checkpoint (for megatron: Mixtral's); default: the small MoE",
+        help="folder of a checkpoint, or the id of one in the Hub's local cache (for megatron: Mixtral's); default: "
+        "the small MoE",
     )
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt-file", help="file with the prompt, - for stdin")
@@ -54,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", action="store_true", help="feed the same tokens to the host's own cache too")
     parser.add_argument("--run-dir", help="write the resolved config, the text and the figures there")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no figures")
+    parser.add_argument("--json", action="store_true", help="print the text and the figures as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,28 +71,29 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--expert-parallel: only --host megatron shares experts out, got --host {args.host}")
     if args.host == "hf":
         check_single_rank("--host hf")
+    folder = checkpoint_folder(args.model)
     prompt = _read_prompt(args)
     model_cfg, runtime = read_config(args.config, args.set)
     if args.run_dir:
         Path(args.run_dir).mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(bundled(Path(args.model)))
+    tokenizer = _tokenizer(folder)
     tokens = tokenizer.encode(prompt).ids
     total = len(tokens) + args.max_new_tokens
     if total > runtime.max_tokens:
         raise ValueError(
             f"prompt: {len(tokens)} tokens and {args.max_new_tokens} new ones exceed max_tokens {runtime.max_tokens}"
         )
-    request = Request(args.model, model_cfg, runtime, total, args.threads, args.compare, args.expert_parallel)
+    request = Request(str(folder), model_cfg, runtime, total, args.threads, args.compare, args.expert_parallel)
     opened = HOSTS[args.host](request)
     speaks = not distributed.is_initialized() or distributed.get_rank() == 0  # all ranks make the same text
     if not speaks:
-        args.quiet, args.run_dir = True, None
+        args.quiet, args.json, args.run_dir = True, False, None
     cache = opened.cache
     ours = _Timed(opened.ours)
     stock = None if opened.stock is None else _Timed(opened.stock)
 
-    ends = set() if args.ignore_eos else _end_tokens(Path(args.model))
-    with contextlib.nullcontext() if speaks else contextlib.redirect_stdout(None):
+    ends = set() if args.ignore_eos else _end_tokens(folder)
+    with contextlib.nullcontext() if speaks and not args.json else contextlib.redirect_stdout(None):
         text, made, worst = _stream(args, tokenizer, tokens, ends, ours, stock)
     figures: dict[str, Any] = {
         "prompt_tokens": len(tokens),
@@ -101,15 +106,17 @@ def run(args: argparse.Namespace) -> int:
     if stock is not None:
         figures["stock"] = stock.figures()
         figures["max_logit_difference"] = worst
-    if not args.quiet:
+    if args.json:
+        print(json.dumps({"text": text, **figures}, indent=1))
+    elif not args.quiet:
         _report(figures)
     if distributed.is_initialized() and distributed.get_world_size() > 1:
         distributed.barrier()  # nobody leaves while another still reads
     if args.run_dir:
-        folder = Path(args.run_dir)
-        (folder / "config.yaml").write_text(dump(cache.model, runtime), encoding="utf-8")
-        (folder / "text.txt").write_text(text, encoding="utf-8")
-        (folder / "figures.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        run_dir = Path(args.run_dir)
+        (run_dir / "config.yaml").write_text(dump(cache.model, runtime), encoding="utf-8")
+        (run_dir / "text.txt").write_text(text, encoding="utf-8")
+        (run_dir / "figures.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     return 0
 
 
@@ -126,8 +133,10 @@ def _read_prompt(args: argparse.Namespace) -> str:
 
 
 def _tokenizer(folder: Path) -> Any:
-    from tokenizers import Tokenizer
-
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise ImportError(f"{error}: tokenizers comes with the extra hf (README.md, 'Install')") from error
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected the checkpoint's tokenizer")

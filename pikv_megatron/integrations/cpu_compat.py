@@ -51,7 +51,7 @@ def install() -> None:
         )
     if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
         raise ModuleNotFoundError(
-            "cpu_compat.install(): megatron-core is not installed; run `make install`, which CONTRIBUTING.md explains"
+            "cpu_compat.install(): megatron-core is not installed; README.md, 'Install', says how"
         )
     # jit.py:21 (jit_fuser = torch.compile) and router.py:918.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -44,20 +44,19 @@ def _load() -> str | None:
         return None
     libraries = sorted(Path(__file__).parents[1].glob("_ops*.so"))
     if not libraries:
-        if choice != "auto" or os.environ.get("PIKV_REQUIRE_EXT") == "1":
+        if choice != "auto":
             raise ImportError(
-                f"PIKV_OPS is {choice!r}, PIKV_REQUIRE_EXT {os.environ.get('PIKV_REQUIRE_EXT')!r}, but the compiled "
-                "ops are not built: install a C++ compiler, then `make install`"
+                f"PIKV_OPS is {choice!r}, but the compiled ops are not built: README.md, 'Install', says how they are"
             )
-        log.warning("the compiled ops are not built: plain torch is used, which is slower (see `make install`)")
+        log.warning("the compiled ops are not built: plain torch is used, which is slower (see README.md, 'Install')")
         return None
     for library in libraries:  # the CPU's first: it brings the schemas; then CUDA's kernels, where they were built
         try:
             torch.ops.load_library(library)
         except OSError as error:
             raise ImportError(
-                f"PIKV_OPS is {choice!r}, but {library} does not load under torch {torch.__version__}: {error}; `make "
-                "install` builds it anew, PIKV_OPS=reference does without"
+                f"PIKV_OPS is {choice!r}, but {library} does not load under torch {torch.__version__}: {error}; "
+                "build it again (README.md, 'Install'), or do without: PIKV_OPS=reference"
             ) from error
     kernels.register_fakes()
     try:

@@ -8,11 +8,11 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+import pikv_megatron
 from pikv_megatron.cli import common, demo, main
 from pikv_megatron.config import load
 from pikv_megatron.facts import Fact, documents, load_text
@@ -24,6 +24,15 @@ def test_generate_streams_the_answer(capsys):
     assert main(["generate", "--prompt", PROMPT, "--max-new-tokens", "2", "--quiet", "--threads", "1"]) == 0
     captured = capsys.readouterr()
     assert captured.out == "47\n"
+    assert captured.err == ""
+
+
+def test_generate_prints_one_json_object(capsys, tmp_path):
+    argv = ["generate", "--prompt", PROMPT, "--max-new-tokens", "2", "--threads", "1", "--json"]
+    assert main([*argv, "--run-dir", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert json.loads(captured.out) == {"text": "47", **figures}
     assert captured.err == ""
 
 
@@ -114,6 +123,15 @@ def test_a_tokenizer_that_is_none(capsys, tmp_path):
     assert "tokenizer.json: not a tokenizer" in capsys.readouterr().err
 
 
+def test_packages_that_are_missing_are_named_with_what_brings_them(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert main(["generate", "--prompt", "x"]) == 2
+    assert "tokenizers comes with the extra hf" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert main(["generate", "--prompt", "x", "--model", "some/moe"]) == 2
+    assert "models of the Hugging Face Hub need the package huggingface_hub" in capsys.readouterr().err
+
+
 def test_sampling_follows_its_seed(capsys):
     def sample(seed: int) -> str:
         argv = ["generate", "--prompt", PROMPT, "--max-new-tokens", "16", "--quiet", "--temperature", "2"]
@@ -136,7 +154,10 @@ def test_sampling_follows_its_seed(capsys):
         (["--prompt", "x" * 40, "--set", "max_tokens=64"], "exceed max_tokens 64"),
         (["--prompt", ""], "expected some text"),
         (["--prompt-file", "/does/not/exist"], "No such file"),
-        (["--prompt", "x", "--model", "/does/not/exist"], "/does/not/exist"),
+        (
+            ["--prompt", "x", "--model", "/does/not/exist"],
+            "--model /does/not/exist: expected the folder",
+        ),
         (["--prompt", "x", "--temperature", "-1"], "--temperature: expected at least 0"),
         (["--prompt", "x", "--threads", "0"], "--threads: expected at least 1, got 0"),
         (["--prompt", "x", "--set", "tiers=[{kind: device"], "--set tiers=[{kind: device: not YAML"),
@@ -162,6 +183,20 @@ def test_demo_table(capsys):
     assert [row[:20].strip() for row in rows] == [name[:20].strip() for name in demo.CACHES]
     for row in rows[:3]:
         assert "3 of 3" in row
+
+
+def test_demo_prints_one_json_object(capsys, monkeypatch):
+    monkeypatch.setattr(demo, "CACHES", {"stock": None, "lossy": LOSSY})
+    argv = ["demo", "--documents", "1", "--facts", "2", "--length", "200", "--threads", "1", "--json"]
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert (found["documents"], found["facts"], found["device"]) == (1, 2, "CPU")
+    stock, lossy = found["caches"]
+    assert stock.keys() == lossy.keys() and (stock["cache"], lossy["cache"]) == ("stock", "lossy")
+    assert (stock["questions"], stock["max_logit_difference"], stock["share_read"]) == (2, None, 1.0)
+    assert lossy["max_logit_difference"] > 0 and 0 < lossy["share_read"] < 1 and lossy["kv_bytes"]["device"] > 0
+    assert captured.err == ""
 
 
 LOSSY = ["codec.keys=int2", "codec.values=int2", "attention.mode=mass", "attention.epsilon=0.2"]
@@ -269,9 +304,50 @@ def test_demo_bytes_are_those_of_storages():
     assert allocated == sum(t.untyped_storage().nbytes() for t in storages) >= sum(held.values())
 
 
-def test_bundled_files_are_missed_by_name():
-    with pytest.raises(FileNotFoundError, match=r"/no/such/place: not found; it is part of a source checkout"):
-        common.bundled(Path("/no/such/place"))
+VERSION = """
+import sys
+from pikv_megatron.cli import main
+try:
+    main(["--version"])
+finally:
+    print("torch" in sys.modules)
+"""
+
+
+def test_version_needs_neither_torch_nor_ops():
+    done = subprocess.run([sys.executable, "-c", VERSION], capture_output=True, text=True, check=True)
+    assert done.stdout == f"pikv_megatron {pikv_megatron.__version__}\nFalse\n"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A local cache of the Hub with the small MoE in it as `some/moe`, laid out as `hf download` does."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("socket.socket.connect", None)  # nothing asks the network
+    repository = tmp_path / "models--some--moe"
+    for folder in ("refs", "blobs", "snapshots/0123abc"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs/main").write_text("0123abc")
+    for number, file in enumerate(common.SMALL_MOE.iterdir()):
+        shutil.copy(file, repository / "blobs" / str(number))
+        (repository / "snapshots/0123abc" / file.name).symlink_to(f"../../blobs/{number}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("host", ["megatron", "hf"])
+def test_a_model_of_the_hub_is_taken_from_its_local_cache(hub, host, capsys):
+    argv = ["generate", "--prompt", PROMPT, "--max-new-tokens", "2", "--quiet", "--threads", "1", "--host", host]
+    assert main([*argv, "--model", "some/moe"]) == 0
+    assert capsys.readouterr().out == "47\n"
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "x"], ["demo"]])
+def test_a_model_of_the_hub_that_is_not_there_says_what_to_do(hub, command, capsys):
+    assert main([*command, "--model", "mistralai/Mixtral"]) == 2
+    assert capsys.readouterr().err == (
+        f"pikv {command[0]}: error: --model mistralai/Mixtral: there is no such folder, and no such model in the Hub's "
+        f"local cache ({hub}): download it first (hf download mistralai/Mixtral), or name a folder\n"
+    )
 
 
 def test_threads_are_set():

@@ -81,7 +81,7 @@ def test_no_host_is_imported():
 
 
 def test_hosts_are_optional(report, monkeypatch):
-    versions = {"megatron-core": "0.16.1", "transformers": "5.1"}
+    versions = {"megatron-core": "0.16.1", "transformers": "5.24.0", "mpi4py": "4.9"}
 
     def version(name: str) -> str:
         if name not in versions:
@@ -92,10 +92,11 @@ def test_hosts_are_optional(report, monkeypatch):
     status, text = report()
     assert status == 0, text
     assert _line(text, "deepspeed") == "not installed"
-    assert _line(text, "transformers") == "5.1"
+    assert _line(text, "transformers") == "5.24.0"
     assert "megatron-core 0.16.1 is not a version that the tests run with" in text
     assert "remedy: install megatron-core 0.19.x" in text
-    assert "transformers 5.1 is not" not in text
+    assert "transformers 5.24.0 is not a version that the tests run with" in text
+    assert "mpi4py 4.9 is not" not in text
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_ops_that_are_not_built_are_slow_not_broken(report, monkeypatch, tmp_pat
     assert status == 0, text
     assert _line(text, "library") == "not built"
     assert "1. the compiled ops are not built" in text
-    assert "make install" in text
+    assert "make -B install" in text
 
 
 def test_a_cuda_library_that_does_not_load_is_broken(report, monkeypatch, tmp_path):
@@ -163,6 +164,15 @@ def test_an_op_that_computes_something_else_is_broken(report, monkeypatch):
     status, text = report()
     assert status == 1
     assert "on cpu these do not compute what plain torch does: attend_blocks\n" in text
+
+
+def test_the_report_is_one_json_object(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4096)
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"].startswith(torch.__version__) and found["ops"]["append"] == ops.backend["append"]
+    (problem,) = (problem for problem in found["problems"] if "4096 threads" in problem["text"])
+    assert problem["broken"] is False and "OMP_NUM_THREADS" in problem["remedy"]
 
 
 def test_pikv_ops_is_shown():

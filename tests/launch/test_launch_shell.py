@@ -107,7 +107,7 @@ def test_arguments_arrive_as_they_are(call, script):
         (MPIRUN, {"NP": "2x"}, f"NP: {COUNT} '2x'"),
         (SBATCH, {}, "SLURM_JOB_ID: not a job of Slurm: give this script to sbatch"),
         (SBATCH_SRUN, {}, "SLURM_JOB_ID: not a job of Slurm: give this script to sbatch"),
-        (SBATCH, JOB | {"PIKV_ROOT": "/"}, "PIKV_ROOT: expected the checkout, '/' has no launch/torchrun.sh"),
+        (SBATCH, JOB | {"PIKV_ROOT": "/"}, "'/' has no launch/torchrun.sh, and 'python3' no pikv_megatron"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_name(call, script, variables, expected):
@@ -162,6 +162,16 @@ def test_slurm_runs_one_launcher_per_node_of_whatever_job(call, tmp_path):
     assert "MASTER_ADDR=192.0.2.7" in words and "NNODES=2" in words  # the name does not resolve
     _, words, _ = call(SBATCH, "doctor", **JOB, MASTER_ADDR="n5")
     assert "MASTER_ADDR=n5" in words
+
+
+def test_slurm_finds_the_scripts_of_an_installed_package(call, tmp_path):
+    asked = 'if [[ "$*" == "-m pikv_megatron launch-dir" ]]; then echo "$SCRIPTS"; exit; fi'
+    (tmp_path / "python3").write_text(RECORDER.replace("\n", f"\n{asked}\n", 1))
+    job = JOB | {"PIKV_ROOT": str(tmp_path), "SCRIPTS": f"{ROOT}/launch", "TASK": "1"}
+    status, words, said = call(SBATCH, "doctor", **job)
+    assert status == 0, said
+    assert has(words, f"{ROOT}/launch", "doctor")  # srun's
+    assert has(words, "--node-rank=1", "--master-addr=192.0.2.7") and words[-1] == "doctor"  # the task's
 
 
 def test_slurms_tasks_are_torchruns_with_the_rank_of_their_node(call):
