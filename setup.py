@@ -22,8 +22,10 @@ from setuptools.errors import BaseError, CompileError, LinkError
 SOURCES = [
     "csrc/bindings.cpp",
     "csrc/ops/attend.cpp",
+    "csrc/ops/mass.cpp",
     "csrc/ops/quantize.cpp",
     "csrc/ops/score.cpp",
+    "csrc/ops/window.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/kernels_avx2.cpp",
     "csrc/cpu/kernels_avx512.cpp",
