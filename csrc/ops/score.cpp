@@ -104,7 +104,7 @@ void token_importance(const Tensor& q, const Tensor& lse, PIKV_KEY_ARGUMENTS, PI
   together(queries.requests, stored.keys.low_rank, [&](int64_t from, int64_t end) {
     const int64_t count = runs.begin(end) - runs.begin(from);
     stored.part.read(ids + runs.begin(from), count, 1, count, queries.of(from), queries.rows);
-    const Pieces pieces(runs, from, end, kBlocksApiece);
+    const Pieces pieces(runs, from, end, entries_apiece(count, 8));
     torch::stable::parallel_for(0, pieces.size(), 1, [&](int64_t begin, int64_t last) {
       for (int64_t i = begin; i < last; ++i) {
         const Pieces::Piece& piece = pieces.all[i];
