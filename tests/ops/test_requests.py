@@ -5,18 +5,15 @@ torch gives; some requests have nothing. The other tests of ops are about one re
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
 
 import pytest
 import torch
 from one_request import OneRequest
-from stored import Stored, dense_rows, random_store, rows_of
+from steps import CAPACITY, GROUPS, HEADS, SCALE, SIZE, Step, step_of
+from stored import dense_rows, rows_of
 
 from pikv_megatron.ops import reference
 
-GROUPS, HEADS, SIZE, DIM, VALUE_DIM, BLOCKS, CAPACITY, SCALE = 2, 3, 16, 32, 48, 24, 21, 0.2
-LENGTHS = {1: [5], 3: [3, 0, 9], 16: [0, 4, 4, 1, 0, 0, 20, 2, 7, 1, 3, 0, 12, 5, 1, 0]}
-RAW = {1: [(0, 21)], 3: [(2, 9), (20, 21), (0, 1)], 16: [(i, i + (5 * i) % 7) for i in range(16)]}
 STORED = [  # codec, dtype of q, of the window, and where the codec is none of the blocks
     ("none", torch.float32),
     ("none", torch.bfloat16),
@@ -27,43 +24,8 @@ STORED = [  # codec, dtype of q, of the window, and where the codec is none of t
 ]
 
 
-class Step(NamedTuple):
-    """A decode step: q [n, G, R, D], packed lists of blocks, and a buffer of raw tokens."""
-
-    held: Stored
-    q: torch.Tensor
-    ids: torch.Tensor
-    first: torch.Tensor
-    raw_k: torch.Tensor
-    raw_v: torch.Tensor
-    window: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-    def runs(self, per_entry: int = 1) -> list[tuple[int, int]]:
-        ends = (self.first * per_entry).tolist()
-        return list(itertools.pairwise(ends))
-
-
 def _rng(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def _step(requests: int, codec: str, dtype: torch.dtype) -> Step:
-    held = random_store(BLOCKS, GROUPS, SIZE, DIM, VALUE_DIM, codec, dtype=dtype)
-    rng = _rng(requests)
-    lengths = torch.tensor(LENGTHS[requests])
-    ids = torch.randint(0, BLOCKS, (int(lengths.sum()),), generator=rng)
-    q = 3 * torch.randn(requests, GROUPS, HEADS, DIM, generator=rng).to(dtype)
-    slots = torch.randperm(requests + 2, generator=rng)[:requests]
-    first, last = torch.tensor(RAW[requests]).t().contiguous()
-    buffers = [  # views of a longer buffer, with NaN where no request has a token
-        torch.full((requests + 2, GROUPS, CAPACITY + 3, channels), torch.nan, dtype=dtype)[:, :, 1:-2]
-        for channels in (DIM, VALUE_DIM)
-    ]
-    for slot, a, b in zip(slots.tolist(), first.tolist(), last.tolist(), strict=True):
-        for x in buffers:
-            x[slot, :, a:b] = torch.randn(GROUPS, b - a, x.shape[3], generator=rng).to(dtype)
-    ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    return Step(held, q, ids, ends, *buffers, (slots, first, last))
 
 
 @pytest.fixture(params=[1, 3, 16])
@@ -73,12 +35,7 @@ def requests_(request):
 
 @pytest.fixture(params=STORED, ids=lambda x: f"{x[0]}-{str(x[1])[6:]}")
 def step(request, requests_):
-    return _step(requests_, *request.param)
-
-
-def _raw_rows(step: Step, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-    slot, a, b = (int(x[i]) for x in step.window)
-    return step.raw_k[slot, :, a:b], step.raw_v[slot, :, a:b]
+    return step_of(requests_, *request.param)
 
 
 def _close(got, expected, relative: float = 1e-5) -> None:
@@ -93,7 +50,7 @@ def _close(got, expected, relative: float = 1e-5) -> None:
 
 def _check_partial(partial, step: Step, windows: bool, blocks: bool) -> None:
     for i, (a, b) in enumerate(step.runs()):
-        parts = [_raw_rows(step, i)] if windows else []
+        parts = [step.raw_rows(i)] if windows else []
         parts += [rows_of(step.held, step.ids[a:b])] if blocks else []
         k, v = (torch.cat([x.double() for x in of], 1) for of in zip(*parts, strict=True))
         out, lse = dense_rows(step.q[i], k, v, SCALE)
