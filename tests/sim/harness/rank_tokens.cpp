@@ -44,6 +44,6 @@ void run_importance(int64_t rows, int64_t block_size, const std::vector<int64_t>
 
 void harness::cases() {
   run(2, 3, {300});
-  run(1, 2, {7, 0, 140});
+  run(2, 2, {7, 0, 140});
   run_importance(3, 16, {0, 5, 9});
 }
