@@ -1,5 +1,18 @@
 // Reading tokens in the order of their ranks until no query row misses more than a given share of its softmax. One KV
-// head at a time; included by kernels.inl.
+// head at a time.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "select.inl"
+
+namespace pikv {
+namespace {
 
 // Tokens in the order of their ranks (none negative): runs of them, each below those before it. Ranks are compared by
 // their bits, which order NaN like any other number: it has no place, but it must do no harm.
@@ -269,3 +282,6 @@ int64_t attend_mass(const float* q, int64_t rows, const Keys& keys, const Values
                 partial);
   return tokens_read;
 }
+
+}  // namespace
+}  // namespace pikv
