@@ -28,8 +28,10 @@ DATA = {"pikv_megatron.data.assets": "assets", "pikv_megatron.data.launch": "lau
 SOURCES = [
     "csrc/bindings.cpp",
     "csrc/ops/attend.cpp",
+    "csrc/ops/mass.cpp",
     "csrc/ops/quantize.cpp",
     "csrc/ops/score.cpp",
+    "csrc/ops/window.cpp",
     "csrc/cpu/dispatch.cpp",
     "csrc/cpu/kernels_avx2.cpp",
     "csrc/cpu/kernels_avx512.cpp",

@@ -1,5 +1,16 @@
 // Attention over stored blocks and tokens with a running softmax. Scales of values are folded into the weights, so
-// their tile holds bare codes. Included by kernels.inl.
+// their tile holds bare codes.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "low_rank.inl"
+
+namespace pikv {
+namespace {
 
 // Where the tokens to take in are: tiles of floats, or, where they are null, the pool's codes from `row` on.
 struct Tokens {
@@ -14,10 +25,9 @@ struct Tokens {
   FactorSums* sums = nullptr;
 };
 
-// The block's scale folds into q, its zero into a constant: tile.scaled_q [NR, padded(D)], offset [NR], and scaled_q's
-// largest magnitudes, most [NR].
+// The block's scale folds into q, its zero into a constant: tile.scaled_q [NR, padded(D)].
 template <int NR>
-void fold_scales(const float* q, int64_t q_stride, Tile& tile, float* offset, float* most) {
+Folded fold_scales(const float* q, int64_t q_stride, Tile& tile) {
   Vec zeros[NR], largest_of[NR];
   for (int r = 0; r < NR; ++r) zeros[r] = largest_of[r] = Vec{};
   for (int64_t d = 0; d < q_stride; d += W) {
@@ -29,39 +39,38 @@ void fold_scales(const float* q, int64_t q_stride, Tile& tile, float* offset, fl
       store(tile.scaled_q.data() + r * q_stride + d, scaled);
     }
   }
-  for (int r = 0; r < NR; ++r) offset[r] = sum(zeros[r]), most[r] = largest(largest_of[r]);
+  Folded folded;
+  for (int r = 0; r < NR; ++r) folded.offset[r] = sum(zeros[r]), folded.most[r] = largest(largest_of[r]);
+  return folded;
 }
 
 template <int NR>
 void logits_of(const float* q, int64_t q_stride, Tile& tile, const Tokens& tokens, float* logits, int64_t width) {
   if (tokens.k) return dots<NR>(q, q_stride, tokens.k, width, q_stride, logits, width, tokens.ahead);
 #if PIKV_WIDTH > 1
-  float offset[NR], most[NR];
-  fold_scales<NR>(q, q_stride, tile, offset, most);
-  code_logits<NR>(tile, tokens.keys, tokens.row, false, offset, most, logits, width, tokens.ahead);
+  const Folded folded = fold_scales<NR>(q, q_stride, tile);
+  code_logits<NR>(tile, tokens.keys, tokens.row, false, folded, logits, width, tokens.ahead);
 #endif
 }
 
-// out [NR, E] = out * fade + zero + weights [NR, width], at most `most` [NR], times the values.
+// out [NR, E] = out * fade + zero + weights [NR, width] times the values.
 template <int NR>
-void weigh_values(Tile& tile, const Tokens& tokens, int64_t width, const float* most, const float* fade,
-                  const float* zero, float* out) {
+void weigh_values(Tile& tile, const Tokens& tokens, int64_t width, const Update& update, float* out) {
   const Values& values = tokens.values;
   const float* weights = tile.weights.data();
-  (void)most;
 #if PIKV_WIDTH == 16
   if (!tokens.v && integer_codes(values)) {
     IntegerRows rows{tile.weight_bytes.data(), {}};
-    rows.cut<NR>(weights, width, width, most);
+    rows.cut<NR>(weights, width, width, update.most);
     const uint8_t* codes = values.codes + tokens.row * (values.dim * values.bits / 8);
-    values.bits == 8 ? integer_accumulate<NR, 8>(rows, codes, tokens.count, values.dim, fade, zero, out, tokens.ahead)
-                     : integer_accumulate<NR, 4>(rows, codes, tokens.count, values.dim, fade, zero, out, tokens.ahead);
+    values.bits == 8 ? integer_accumulate<NR, 8>(rows, codes, tokens.count, values.dim, update, out, tokens.ahead)
+                     : integer_accumulate<NR, 4>(rows, codes, tokens.count, values.dim, update, out, tokens.ahead);
     return;
   }
 #endif
   for (int r = 0; r < NR; ++r)
-    if (fade[r] != 1.0f || zero[r] != 0.0f)
-      for (int64_t e = r * values.dim; e < (r + 1) * values.dim; ++e) out[e] = out[e] * fade[r] + zero[r];
+    if (const float fade = update.fade[r], zero = update.zero[r]; fade != 1.0f || zero != 0.0f)
+      for (int64_t e = r * values.dim; e < (r + 1) * values.dim; ++e) out[e] = out[e] * fade + zero;
   if (tokens.v) return accumulate<NR>(weights, width, tokens.v, tokens.count, values.dim, out, tokens.ahead);
 #if PIKV_WIDTH > 1
   const uint8_t* codes = values.codes + tokens.row * (values.dim * values.bits / 8);
@@ -76,11 +85,11 @@ template <int NR>
 void absorb_logits(Tile& tile, const Tokens& tokens, const int64_t* query_positions, Partial partial) {
   const int64_t width = padded(tokens.count);
   float* weights = tile.weights.data();
-  float fade[NR], zero[NR], most[NR];
+  Update update;
   if (tokens.v_factors && static_cast<int64_t>(tile.shares.size()) < 4 * width) tile.shares.resize(4 * width);
   for (int r = 0; r < NR; ++r) {
     float* row = weights + r * width;
-    fade[r] = 1.0f, zero[r] = most[r] = 0.0f;
+    update.fade[r] = 1.0f, update.zero[r] = update.most[r] = 0.0f;
     for (int64_t t = tokens.count; t < width; ++t) row[t] = kMinusInf;
     if (tokens.positions)
       for (int64_t t = 0; t < tokens.count; ++t)
@@ -93,7 +102,7 @@ void absorb_logits(Tile& tile, const Tokens& tokens, const int64_t* query_positi
       if (tokens.v_factors) std::memset(tile.shares.data() + r * width, 0, width * sizeof(float));
       continue;
     }
-    if (partial.high[r] != high) fade[r] = std::exp(partial.high[r] - high);
+    if (partial.high[r] != high) update.fade[r] = std::exp(partial.high[r] - high);
     Vec total{}, zeros{}, heaviest{};
     for (int64_t t = 0; t < width; t += W) {
       Vec weight = exp_negative(load(row + t) - splat(high));
@@ -107,10 +116,10 @@ void absorb_logits(Tile& tile, const Tokens& tokens, const int64_t* query_positi
       store(row + t, weight);
     }
     partial.high[r] = high;
-    partial.total[r] = partial.total[r] * fade[r] + sum(total);
-    zero[r] = sum(zeros), most[r] = largest(heaviest);
+    partial.total[r] = partial.total[r] * update.fade[r] + sum(total);
+    update.zero[r] = sum(zeros), update.most[r] = largest(heaviest);
   }
-  weigh_values<NR>(tile, tokens, width, most, fade, zero, partial.out);
+  weigh_values<NR>(tile, tokens, width, update, partial.out);
   if (tokens.v_factors) tokens.sums->add<NR>(*tokens.v_factors, tile.shares.data(), width, tokens.count, partial.high);
 }
 
@@ -336,3 +345,6 @@ void attend_raw(const float* q, int64_t rows, const Keys& keys, const Values& va
                 query_positions, partial);
   }
 }
+
+}  // namespace
+}  // namespace pikv

@@ -1,4 +1,14 @@
-// Codes: packed planes to floats and back, quantise and dequantise. Included by kernels.inl.
+// Codes: packed planes to floats and back, quantise and dequantise.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "vec.inl"
+
+namespace pikv {
+namespace {
 
 // ---- planes
 
@@ -285,3 +295,6 @@ void dequantize(const uint8_t* high, const uint8_t* low, const uint16_t* scale, 
              : dequantize<Hi, Lo, false>(high, low, scales, zeros, rows, cols, per_channel, y);
   });
 }
+
+}  // namespace
+}  // namespace pikv

@@ -1,6 +1,16 @@
 // The inner loops that read codes straight from the pool as floats, without a tile in between, where a row of codes is
-// whole vectors: AVX2, and for values AVX-512 where integer.inl cannot. Included by kernels.inl. The same results as
-// through a tile, up to rounding.
+// whole vectors: AVX2, and for values AVX-512 where integer.inl cannot. The same results as through a tile, up to
+// rounding.
+#pragma once
+
+#include <cstdint>
+
+#include "tile.inl"
+
+namespace pikv {
+namespace {
+
+#if PIKV_WIDTH > 1
 
 #if PIKV_WIDTH == 8
 // Dot products of NR rows of scaled q with the bare codes of `tokens` rows: as `dots`.
@@ -60,10 +70,10 @@ void dots_of_codes(const float* q, int64_t q_stride, const uint8_t* high, const 
 }
 
 // Dot products of NR rows of the tile's scaled_q with the bare codes of a block's head, plus an offset per row: logits
-// [NR, width]. (The fifth argument is for integer.inl.)
+// [NR, width].
 template <int NR>
-void code_logits(Tile& tile, const Keys& keys, int64_t row, bool high_only, const float* offset, const float*,
-                 float* logits, int64_t width, Ahead* ahead) {
+void code_logits(Tile& tile, const Keys& keys, int64_t row, bool high_only, const Folded& folded, float* logits,
+                 int64_t width, Ahead* ahead) {
   const int64_t bytes = keys.dim * keys.hi_bits / 8;
   const uint8_t* high = keys.high + row * bytes;
   const uint8_t* low = high_only || !keys.low ? nullptr : keys.low + row * bytes;
@@ -73,7 +83,7 @@ void code_logits(Tile& tile, const Keys& keys, int64_t row, bool high_only, cons
                                 width, ahead);
   });
   for (int r = 0; r < NR; ++r)
-    for (int64_t t = 0; t < keys.block_size; ++t) logits[r * width + t] += offset[r];
+    for (int64_t t = 0; t < keys.block_size; ++t) logits[r * width + t] += folded.offset[r];
 }
 #endif
 
@@ -116,3 +126,13 @@ void accumulate_codes(const float* weights, int64_t weights_stride, const uint8_
 inline bool codes_in_place(const Values& values) {
   return values.codes && values.bits >= 4 && values.dim % (2 * W) == 0;
 }
+
+#else
+
+inline bool codes_in_place(const Keys&) { return false; }
+inline bool codes_in_place(const Values&) { return false; }
+
+#endif
+
+}  // namespace
+}  // namespace pikv

@@ -1,10 +1,19 @@
-// The inner loops over codes with integer dot products (AVX-512 VNNI), 64 products an instruction. Included by
-// kernels.inl.
+// The inner loops over codes with integer dot products (AVX-512 VNNI), 64 products an instruction.
 //
 // What multiplies the codes (a query times the block's scales; a softmax weight times the token's scale) is cut into
 // three signed bytes of 23 bits together, so that the sums of products are exact and the result is as near as float32
 // gets. Sums over channels run with 16 tokens in a vector's lanes, sums over tokens with 16 channels: nothing is summed
 // across.
+#pragma once
+
+#include <cstdint>
+
+#include "fused.inl"
+
+namespace pikv {
+namespace {
+
+#if PIKV_WIDTH == 16
 
 constexpr int kParts = 3;
 
@@ -126,19 +135,19 @@ template <int NR, int Hi, int Lo>
   }
 }
 
-// Dot products of NR rows of the tile's scaled_q, at most `most` [NR] in magnitude, with the bare codes of a block's
-// head, plus an offset per row: logits [NR, width].
+// Dot products of NR rows of the tile's scaled_q with the bare codes of a block's head, plus an offset per row: logits
+// [NR, width].
 template <int NR>
-void code_logits(Tile& tile, const Keys& keys, int64_t row, bool high_only, const float* offset, const float* most,
-                 float* logits, int64_t width, Ahead* ahead) {
+void code_logits(Tile& tile, const Keys& keys, int64_t row, bool high_only, const Folded& folded, float* logits,
+                 int64_t width, Ahead* ahead) {
   const int64_t bytes = keys.dim * keys.hi_bits / 8, stride = padded(keys.dim);
   IntegerRows q{tile.q_bytes.data(), {}};
-  q.cut<NR>(tile.scaled_q.data(), stride, stride, most);
+  q.cut<NR>(tile.scaled_q.data(), stride, stride, folded.most);
   const uint8_t* high = keys.high + row * bytes;
   const uint8_t* low = high_only || !keys.low ? nullptr : keys.low + row * bytes;
   with_planes(keys.hi_bits, low ? keys.lo_bits : 0, [&]<int Hi, int Lo>() {
     if constexpr (Hi < 8)
-      integer_dots<NR, Hi, Lo>(q, high, low, keys.block_size, keys.dim, offset, logits, width, ahead);
+      integer_dots<NR, Hi, Lo>(q, high, low, keys.block_size, keys.dim, folded.offset, logits, width, ahead);
   });
 }
 
@@ -146,7 +155,7 @@ void code_logits(Tile& tile, const Keys& keys, int64_t row, bool high_only, cons
 // of 64 channels, out has them in the order of `swap_quads`.
 template <int NR, int Bits>
 [[gnu::noinline]] void integer_accumulate(const IntegerRows& weights, const uint8_t* codes, int64_t tokens, int64_t dim,
-                                          const float* fade, const float* zero, float* out, Ahead* ahead) {
+                                          const Update& update, float* out, Ahead* ahead) {
   constexpr int parts = 8 / Bits, vectors = 2 / parts;  // of packed codes at a time: two of codes
   const int64_t bytes = dim / parts;
   if (ahead) ahead->spread_over(bytes / 64 * (4 / vectors) * (tokens / 4));
@@ -181,7 +190,7 @@ template <int NR, int Bits>
       for (int r = 0; r < NR; ++r)
         for (int i = 0; i < 2; ++i) {
           float* to = out + r * dim + b + (parts == 1 ? (piece + i) * 16 : i * bytes + piece * 16);
-          store(to, load(to) * fade[r] + zero[r] + joined(sums[r][i], weights.step[r]));
+          store(to, load(to) * update.fade[r] + update.zero[r] + joined(sums[r][i], weights.step[r]));
         }
     }
 }
@@ -203,3 +212,8 @@ void swap_quads(float* out, int64_t count) {
 inline bool integer_codes(const Values& values) {
   return codes_in_place(values) && values.dim * values.bits / 8 % 64 == 0 && values.block_size % 4 == 0;
 }
+
+#endif
+
+}  // namespace
+}  // namespace pikv

@@ -1,5 +1,15 @@
 // The low-rank part of keys and values, never made dense: logits get (q B^T) A^T, and what the values' factors sum up
-// to meets their basis once, at the end. Included by kernels.inl.
+// to meets their basis once, at the end.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "integer.inl"
+
+namespace pikv {
+namespace {
 
 // Factors of tokens as floats: a [tokens, padded(rank)]; basis [tokens] of each; same: all have the first one's. With a
 // null, the codes of block `matrix` (of a head) are read in place.
@@ -202,3 +212,6 @@ class FactorSums {
   int64_t rows_, all_, first_head_, stride_ = 0;
   std::vector<float> sums_, highs_;
 };
+
+}  // namespace
+}  // namespace pikv

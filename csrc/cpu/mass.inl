@@ -1,5 +1,18 @@
 // Reading tokens in the order of their ranks until no query row misses more than a given share of its softmax. One KV
-// head at a time; included by kernels.inl.
+// head at a time.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "select.inl"
+
+namespace pikv {
+namespace {
 
 // Tokens in the order of their ranks (none negative): runs of them, each below those before it. Ranks are compared by
 // their bits, which order NaN like any other number: it has no place, but it must do no harm.
@@ -64,14 +77,14 @@ float highest_of(const float* x, int64_t count, float least) {
 
 // The tokens of one head, as a mass-bounded read sees them.
 struct Unread {
-  const float* coarse;  // [R, blocks, size]
+  const float* coarse;  // [R, blocks, size], rows `stride` blocks apart
   float slope;
-  const float* extra;  // [R, blocks]
+  const float* extra;  // [R, blocks], likewise
   const bool* read;
-  int64_t blocks, size;
+  int64_t blocks, size, stride;
 
   float at_most(int64_t r, int64_t token, int64_t block) const {
-    return slope * coarse[r * blocks * size + token] + extra[r * blocks + block];
+    return slope * coarse[r * stride * size + token] + extra[r * stride + block];
   }
   // Of a row: the largest of those unread (or `least` where that is more), and their mass beside it.
   std::pair<float, double> mass(int64_t r, float least) const {
@@ -230,14 +243,14 @@ void absorb_masked(int64_t rows, const Keys& keys, const Values& values, const i
 
 int64_t attend_mass(const float* q, int64_t rows, const Keys& keys, const Values& values, const int64_t* ids,
                     int64_t blocks, int64_t head, const float* coarse, float slope, const float* extra,
-                    const float* raw_lse, double epsilon, bool* read, Partial partial) {
+                    int64_t stride, const float* raw_lse, double epsilon, bool* read, Partial partial) {
   const int64_t size = keys.block_size, count = blocks * size, few = count / 16;  // above it whole blocks are cheaper
   std::vector<float> rank(count), logits;
   std::vector<int32_t> by_place, place(count);
-  rank_tokens(coarse, rows, count, count, raw_lse, rank.data());
+  rank_tokens(coarse, rows, count, stride * size, raw_lse, rank.data());
   RankOrder order(rank.data(), count);
   std::fill(read, read + count, false);
-  const Unread tokens{coarse, slope, extra, read, blocks, size};
+  const Unread tokens{coarse, slope, extra, read, blocks, size, stride};
   Stop stop(tokens, order, raw_lse, rows, epsilon, read);
   int64_t tokens_read = 0;
   while (tokens_read < few) {  // token after token, only those that are needed
@@ -269,3 +282,6 @@ int64_t attend_mass(const float* q, int64_t rows, const Keys& keys, const Values
                 partial);
   return tokens_read;
 }
+
+}  // namespace
+}  // namespace pikv

@@ -1,4 +1,16 @@
-// What the high plane and the bounds say about logits. Included by kernels.inl.
+// What the high plane and the bounds say about logits.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "attend.inl"
+
+namespace pikv {
+namespace {
 
 // Relative rounding of a float32 dot product over dim channels, so that bounds on logits hold as computed.
 inline float rounding_of(int64_t dim) {
@@ -8,17 +20,17 @@ inline float rounding_of(int64_t dim) {
 // Dot products of NR rows of the tile's scaled_q with a block's high plane, read in place or from the tile, plus an
 // offset.
 template <int NR>
-void coarse_logits(Tile& tile, const Keys& keys, int64_t row, bool in_place, const float* offset, const float* most,
-                   float* logits, int64_t width, Ahead* ahead) {
+void coarse_logits(Tile& tile, const Keys& keys, int64_t row, bool in_place, const Folded& folded, float* logits,
+                   int64_t width, Ahead* ahead) {
 #if PIKV_WIDTH > 1
-  if (in_place) return code_logits<NR>(tile, keys, row, true, offset, most, logits, width, ahead);
+  if (in_place) return code_logits<NR>(tile, keys, row, true, folded, logits, width, ahead);
 #else
-  (void)in_place, (void)row, (void)most;
+  (void)in_place, (void)row;
 #endif
   const int64_t stride = padded(keys.dim);
   dots<NR>(tile.scaled_q.data(), stride, tile.k.data(), width, stride, logits, width, ahead);
   for (int r = 0; r < NR; ++r)
-    for (int64_t t = 0; t < keys.block_size; ++t) logits[r * width + t] += offset[r];
+    for (int64_t t = 0; t < keys.block_size; ++t) logits[r * width + t] += folded.offset[r];
 }
 
 void score_tokens(const float* q, int64_t rows, const Keys& keys, const int64_t* ids, int64_t count, int64_t head,
@@ -57,7 +69,8 @@ void score_tokens(const float* q, int64_t rows, const Keys& keys, const int64_t*
       store(reaches + d, s * half_width + larger(absolute(z), absolute(z + s * levels)) * rounding);
     }
     by_rows(rows, [&]<int NR>(int64_t first) {
-      float offset[4], most[4], farthest[4], squares[4], *logits = tile.weights.data();
+      Folded fold;
+      float farthest[4], squares[4], *logits = tile.weights.data();
       Vec at[4] = {}, reach[4] = {}, square[4] = {}, largest_of[4] = {};
       for (int64_t d = 0; d < q_stride; d += W) {  // behind dim, query and scales are zero
         const Vec s = load(scale + d) * step, m = load(middles + d), w = load(reaches + d);
@@ -70,13 +83,13 @@ void score_tokens(const float* q, int64_t rows, const Keys& keys, const int64_t*
           store(tile.scaled_q.data() + r * q_stride + d, folded);
         }
       }
-      sum4(at, offset), sum4(reach, farthest), sum4(square, squares);
+      sum4(at, fold.offset), sum4(reach, farthest), sum4(square, squares);
       for (int r = 0; r < NR; ++r) {
-        most[r] = largest(largest_of[r]);
+        fold.most[r] = largest(largest_of[r]);
         radius[(first + r) * stride + i] = farthest[r];
         spread[(first + r) * stride + i] = std::min(half_variance * squares[r], farthest[r]);  // no error exceeds it
       }
-      coarse_logits<NR>(tile, keys, row, in_place, offset, most, logits, width, &ahead);
+      coarse_logits<NR>(tile, keys, row, in_place, fold, logits, width, &ahead);
       for (int r = 0; r < NR; ++r) {
         float* to = coarse + ((first + r) * stride + i) * tokens;
         std::memcpy(to, logits + r * width, tokens * sizeof(float));
@@ -188,3 +201,6 @@ void window_importance(const float* q, int64_t rows, const float* lse, const Key
     });
   }
 }
+
+}  // namespace
+}  // namespace pikv

@@ -1,5 +1,15 @@
 // Choosing tokens by their scores: ranks, the best of them, and what the others may have. One KV head at a time.
-// Included by kernels.inl.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "scores.inl"
+
+namespace pikv {
+namespace {
 
 // Log-sum-exp of a row; x has no NaN.
 inline float log_sum_exp(const float* x, int64_t count) {
@@ -130,3 +140,6 @@ void unread_mass(const float* coarse, float slope, const float* spread, const fl
   *by_spread = expected.log();
   *by_radius = most.log();
 }
+
+}  // namespace
+}  // namespace pikv

@@ -1,5 +1,16 @@
 // Scratch tiles: one head's block decoded to floats that stay in the first-level cache, what is fetched ahead, and the
-// two inner loops over tiles. Included by kernels.inl.
+// two inner loops over tiles.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "codes.inl"
+
+namespace pikv {
+namespace {
 
 // Scratch of one thread. k [tokens, padded(D)], v [tokens, padded(E)], both with zeros behind their channels; weights
 // [4, tokens]; v_scale, v_zero [tokens]; k_scale, k_zero, and what scores derive from them, k_middle, k_reach
@@ -76,6 +87,18 @@ inline void value_row(const Values& values, int64_t row, float* y, float& scale,
   unpack_row(values.codes + row * (dim * values.bits / 8), nullptr, dim, values.bits, 0, y);
   scale = from_half(values.scale[row]), zero = from_half(values.zero[row]);
 }
+
+// What a tile of tokens does to four rows' sums: these fade, since a higher logit came, and get what the zeros of the
+// values weigh; no weight of a row is above `most`.
+struct Update {
+  float fade[4], zero[4], most[4];
+};
+
+// A block's scales and zeros folded into four rows of q, which lie in a tile's scaled_q: the constant that the zeros
+// give, and scaled_q's largest magnitude.
+struct Folded {
+  float offset[4], most[4];
+};
 
 // Memory that will be read next, fetched a few lines at a time between computations: all at once would stall them. Into
 // the second-level cache: in the first, it would push out what is being computed with.
@@ -178,3 +201,6 @@ void accumulate(const float* weights, int64_t weights_stride, const float* v, in
     }
   }
 }
+
+}  // namespace
+}  // namespace pikv

@@ -1,4 +1,21 @@
-// Vectors of PIKV_WIDTH floats: arithmetic, sums, exponentials, and the narrow dtypes. Included by kernels.inl.
+// Vectors of PIKV_WIDTH floats: arithmetic, sums, exponentials, and the narrow dtypes.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#if PIKV_WIDTH > 1
+#include <immintrin.h>
+#endif
+
+#include "pikv/kernels.h"
+
+namespace pikv {
+namespace {
 
 constexpr int W = PIKV_WIDTH;
 #if PIKV_WIDTH == 1
@@ -204,3 +221,6 @@ inline void to_float(const void* x, Dtype dtype, int64_t offset, int64_t count, 
   const uint16_t* h = static_cast<const uint16_t*>(x) + offset;
   dtype == Dtype::kBFloat16 ? to_float<Dtype::kBFloat16>(h, count, y) : to_float<Dtype::kFloat16>(h, count, y);
 }
+
+}  // namespace
+}  // namespace pikv

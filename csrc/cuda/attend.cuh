@@ -23,24 +23,44 @@ struct AttendWork {
   AttendLayout at;
   Kind key_kind, value_kind;
   int groups, block_size, dim, value_dim;
-  int64_t matrix_rows;          // of the pool from one matrix [block, KV head] to the next
   const uint16_t* value_scale;  // [blocks, groups, block_size], null for raw values
   const uint16_t* value_zero;
-  const int64_t* ids;           // [count] blocks, or [groups, count] of tokens; null: block 0
-  const int64_t* first_blocks;  // [requests + 1] in ids, where each request's begin; null: all are one request's
-  const int64_t* offsets;       // of tokens
+  bool raw;                // raw tokens, not those of ids
+  const int64_t* ids;      // [count] blocks, or [groups, count] of tokens
+  const int64_t* first;    // [requests + 1], where each request's ids begin; null: all are one request's
+  int64_t count;           // of ids
+  Windows windows;         // of raw tokens
+  const int64_t* offsets;  // of tokens
   const bool* read;
   const int64_t* key_positions;  // [count, block_size]
   const int64_t* query_positions;
-  int64_t count;
   float* out;  // [splits, requests * groups * rows, value_dim]
   float* lse;  // [splits, requests * groups * rows]
 };
 
-// Which of the ids are meant: one request's.
+// What a thread block attends to: a request's ids, of blocks of `size` tokens where they are blocks'; or its raw tokens
+// of one KV head, one block of `size` that begins in row `first`.
 struct Run {
   int64_t first, count;
+  int size;
 };
+
+template <bool SINGLE>
+__device__ __forceinline__ Run run_of(const AttendWork& work, int64_t request, int64_t head) {
+  Run run{0, work.count, work.block_size};
+  if (SINGLE || !work.raw) {
+    if (work.first) run.first = work.first[request], run.count = work.first[request + 1] - run.first;
+  } else if (const Windows& windows = work.windows; windows.slots) {
+    const int64_t first = windows.first[request];
+    run.first = windows.slots[request] * windows.slot_rows + head * windows.head_rows + first;
+    run.size = static_cast<int>(windows.last[request] - first);
+    run.count = run.size > 0;
+  } else {
+    run.first = head * windows.head_rows;
+    run.count = run.size > 0;
+  }
+  return run;
+}
 
 // This lane's token of a tile: its row in the pool and the matrix [block, KV head] that the row is in.
 struct Place {
@@ -64,26 +84,26 @@ __device__ __forceinline__ Place place_of(const AttendWork& work, const Run& run
   if constexpr (SINGLE) {
     const int64_t first = tile * work.tile.tokens, left = run.count - first;
     place.tokens = static_cast<int>(left < work.tile.tokens ? left : work.tile.tokens);
-    const int64_t index = head * run.count + first + token;
+    const int64_t index = head * work.count + run.first + first + token;
     place.live = token < place.tokens && (!work.read || work.read[index]);
     place.matrix = place.live ? work.ids[index] * work.groups + head : head;  // what is not read is not fetched either
-    place.row = place.matrix * work.matrix_rows + (place.live ? work.offsets[index] : 0);
+    place.row = place.matrix * work.block_size + (place.live ? work.offsets[index] : 0);
   } else {
-    const int per_block = (work.block_size + work.tile.tokens - 1) / work.tile.tokens;
+    const int per_block = (run.size + work.tile.tokens - 1) / work.tile.tokens;
     const int64_t block = tile / per_block;
     const int first = static_cast<int>(tile - block * per_block) * work.tile.tokens;
-    place.tokens = min(work.tile.tokens, work.block_size - first);
+    place.tokens = min(work.tile.tokens, run.size - first);
     place.live = token < place.tokens;
-    place.matrix = (work.ids ? work.ids[run.first + block] : 0) * work.groups + head;
-    place.row = place.matrix * work.matrix_rows + first + token;
+    place.matrix = work.raw ? 0 : work.ids[run.first + block] * work.groups + head;
+    place.row = (work.raw ? run.first : place.matrix * run.size) + first + token;
   }
   return place;
 }
 
 // Starts the copies of a tile into a stage and loads what its lanes keep. rows: room for two numbers a token.
 template <bool SINGLE>
-__device__ __forceinline__ Token fetch(const AttendWork& work, const Place& place, int64_t tile, unsigned char* stage,
-                                       int64_t* rows) {
+__device__ __forceinline__ Token fetch(const AttendWork& work, const Run& run, const Place& place, int64_t tile,
+                                       unsigned char* stage, int64_t* rows) {
   const Tile& t = work.tile;
   const int token = lane_id() % t.tokens;
   if constexpr (SINGLE) {
@@ -114,9 +134,9 @@ __device__ __forceinline__ Token fetch(const AttendWork& work, const Place& plac
     kept.zero = half_to_float(work.value_zero[place.row]);
   }
   if (!SINGLE && work.key_positions && place.live) {
-    const int per_block = (work.block_size + t.tokens - 1) / t.tokens;
+    const int per_block = (run.size + t.tokens - 1) / t.tokens;
     const int64_t block = tile / per_block;
-    kept.position = work.key_positions[block * work.block_size + (tile - block * per_block) * t.tokens + token];
+    kept.position = work.key_positions[block * run.size + (tile - block * per_block) * t.tokens + token];
   }
   return kept;
 }
@@ -155,13 +175,9 @@ __global__ void __launch_bounds__(kThreads, ROWS * UNITS >= 8 ? 2 : 3) attend_ke
   }
 
   const int per_tile = work.tile.tokens, token = lane % per_tile, part = lane / per_tile, parts = kLanes / per_tile;
-  Run run{0, work.count};
-  if (!SINGLE && work.first_blocks) {
-    run.first = work.first_blocks[request];
-    run.count = work.first_blocks[request + 1] - run.first;
-  }
-  const int64_t tiles = SINGLE ? (run.count + per_tile - 1) / per_tile
-                               : run.count * ((work.block_size + per_tile - 1) / per_tile);
+  const Run run = run_of<SINGLE>(work, request, head);
+  const int64_t tiles =
+      SINGLE ? (run.count + per_tile - 1) / per_tile : run.count * ((run.size + per_tile - 1) / per_tile);
   const int64_t worker = static_cast<int64_t>(blockIdx.x) * kWarps + warp_id(),
                 workers = static_cast<int64_t>(gridDim.x) * kWarps;
   const int64_t begin = share_begin(tiles, worker, workers), end = share_begin(tiles, worker + 1, workers);
@@ -172,12 +188,12 @@ __global__ void __launch_bounds__(kThreads, ROWS * UNITS >= 8 ? 2 : 3) attend_ke
   Place ahead{};
   int stage = 0;
   if (begin < end) {
-    now = fetch<SINGLE>(work, place_of<SINGLE>(work, run, begin, head), begin, stages, place_rows);
+    now = fetch<SINGLE>(work, run, place_of<SINGLE>(work, run, begin, head), begin, stages, place_rows);
     if (begin + 1 < end) ahead = place_of<SINGLE>(work, run, begin + 1, head);
   }
   for (int64_t tile = begin; tile < end; ++tile) {
     if (tile + 1 < end) {
-      next = fetch<SINGLE>(work, ahead, tile + 1, stages + (stage ^ 1) * work.tile.bytes, place_rows);
+      next = fetch<SINGLE>(work, run, ahead, tile + 1, stages + (stage ^ 1) * work.tile.bytes, place_rows);
       if (tile + 2 < end) ahead = place_of<SINGLE>(work, run, tile + 2, head);
       copy_async_wait<1>();
     } else {
@@ -281,7 +297,8 @@ int launch_attend(AttendWork work, int splits, cudaStream_t stream) {
   return launch(attend_kernel<ROWS, UNITS, SINGLE>, grid, kThreads, static_cast<size_t>(work.at.total), stream, work);
 }
 
-// Attends, split, and merges. Of `work` the caller sets q, rows, softmax_scale, ids and what its op has besides.
+// Attends, split, and merges. Of `work` the caller sets q, requests, rows, softmax_scale, where the tokens are, and
+// what its op has besides.
 // SINGLE: over single tokens, not whole blocks.
 template <bool SINGLE>
 int attend(AttendWork work, const Keys& keys, const Values& values, int splits, float* workspace, float* out,
@@ -294,8 +311,6 @@ int attend(AttendWork work, const Keys& keys, const Values& values, int splits, 
       work.value_kind == Kind::kCodes44 || work.value_kind == Kind::kCodes22 || !dim_fits(keys.dim) ||
       !dim_fits(values.dim) || splits < 1)
     return cudaErrorInvalidValue;
-  if (work.requests == 0) work.requests = work.first_blocks ? 0 : 1;
-  if (work.matrix_rows == 0) work.matrix_rows = work.block_size;
   const int64_t rows = work.requests * keys.groups * work.rows;
   if (rows == 0) return cudaSuccess;
   work.value_scale = values.raw ? nullptr : values.scale;

@@ -100,9 +100,9 @@ __global__ void __launch_bounds__(kThreads, ROWS == 1 ? 4 : 3) attend_low_rank_k
   load_queries<ROWS>(work.q + matrix_of_q * work.rows * work.keys.dim, work.rows, first_row,
                      static_cast<int>(work.keys.dim), work.softmax_scale, q);
   int64_t tokens = places.offsets ? places.count : places.count * block_size, begin = 0;
-  if (places.first_blocks) {
-    begin = places.first_blocks[request] * block_size;
-    tokens = places.first_blocks[request + 1] * block_size - begin;
+  if (places.first) {
+    const int64_t each = places.offsets ? 1 : block_size;
+    begin = places.first[request] * each, tokens = places.first[request + 1] * each - begin;
   }
   const int64_t end = begin + share_begin(tokens, blockIdx.x + 1, gridDim.x);
   begin += share_begin(tokens, blockIdx.x, gridDim.x);

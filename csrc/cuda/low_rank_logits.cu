@@ -1,7 +1,7 @@
 // low_rank_logits: what a low-rank part adds to the logits of whole blocks, of queries that project_queries has brought
 // to the bases.
 
-#include "warp.cuh"
+#include "runs.cuh"
 
 namespace pikv::cuda {
 
@@ -11,14 +11,16 @@ constexpr int kPartRows = 8;  // that a thread block takes
 // does into q.
 __global__ void __launch_bounds__(kThreads)
     low_rank_logits_kernel(LowRank part, int64_t rows, int64_t groups, int64_t block_size, const int64_t* ids,
-                           int64_t count, float* logits) {
+                           Runs blocks, float* logits) {
   PIKV_DYNAMIC_SHARED(shared);
   float* folded = reinterpret_cast<float*>(shared);  // [kPartRows, rank]
   float* offsets = folded + kPartRows * part.rank;   // [kPartRows]
   const int64_t id = ids[blockIdx.x], matrix = id * groups + blockIdx.y, rank = part.rank;
   const int64_t first_row = static_cast<int64_t>(blockIdx.z) * kPartRows;
   const int64_t left = rows - first_row, mine = left < kPartRows ? left : kPartRows;
-  const float* its = part.projected + ((part.basis_of[id] * groups + blockIdx.y) * rows + first_row) * rank;
+  const int64_t row_of_all = request_of(blocks, blockIdx.x) * rows + first_row;
+  const float* its =
+      part.projected + ((part.basis_of[id] * groups + blockIdx.y) * blocks.requests * rows + row_of_all) * rank;
   const uint16_t* scale = part.scale + matrix * rank;
   const uint16_t* zero = part.zero + matrix * rank;
   for (int64_t row = warp_id(); row < mine; row += kWarps) {
@@ -38,20 +40,20 @@ __global__ void __launch_bounds__(kThreads)
     float sum = offsets[row];
     for (int64_t j = 0; j < rank; ++j)
       sum = fmaf(folded[row * rank + j], static_cast<float>(codes[token * rank + j]), sum);
-    logits[((blockIdx.y * rows + first_row + row) * count + blockIdx.x) * block_size + token] += sum;
+    logits[((blockIdx.y * rows + first_row + row) * blocks.count + blockIdx.x) * block_size + token] += sum;
   }
 }
 
-extern "C" int pikv_cuda_low_rank_logits(int64_t rows, const Keys* keys, const int64_t* ids, int64_t count,
+extern "C" int pikv_cuda_low_rank_logits(int64_t rows, const Keys* keys, const int64_t* ids, const Runs* blocks,
                                          float* logits, void* stream) {
   const LowRank& part = *keys->low_rank;
   if (part.rank < 1 || part.rank > kMaxDim) return cudaErrorInvalidValue;
-  if (count == 0 || rows == 0 || keys->groups == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(count), static_cast<unsigned>(keys->groups),
+  if (blocks->count == 0 || rows == 0 || keys->groups == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(blocks->count), static_cast<unsigned>(keys->groups),
                   static_cast<unsigned>((rows + kPartRows - 1) / kPartRows));
   const size_t shared = static_cast<size_t>(kPartRows * (part.rank + 1)) * sizeof(float);
   return launch(low_rank_logits_kernel, grid, kThreads, shared, static_cast<cudaStream_t>(stream), part, rows,
-                keys->groups, keys->block_size, ids, count, logits);
+                keys->groups, keys->block_size, ids, *blocks, logits);
 }
 
 }  // namespace pikv::cuda

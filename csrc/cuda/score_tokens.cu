@@ -5,8 +5,8 @@
 namespace pikv::cuda {
 
 extern "C" int pikv_cuda_score_tokens(const float* q, int64_t rows, float softmax_scale, const Keys* keys,
-                                      const int64_t* ids, bool per_head, int64_t count, float* coarse, float* radius,
-                                      float* spread, void* stream) {
+                                      const int64_t* ids, bool per_head, const Runs* blocks, float* coarse,
+                                      float* radius, float* spread, void* stream) {
   if (!keys->high) return cudaErrorInvalidValue;
   Keys plane = *keys;  // what is read: the high plane alone
   const bool raw = keys->raw != nullptr;
@@ -15,7 +15,7 @@ extern "C" int pikv_cuda_score_tokens(const float* q, int64_t rows, float softma
   Scoring work{};
   work.q = q, work.rows = rows, work.softmax_scale = softmax_scale;
   work.kind = kind_of(false, keys->dtype, keys->hi_bits, 0);
-  work.ids = ids, work.per_head = per_head, work.count = count;
+  work.ids = ids, work.per_head = per_head, work.blocks = *blocks;
   work.factor = static_cast<float>(1 << lo_bits);
   work.middle = static_cast<float>((1 << lo_bits) - 1) / 2;
   work.width = raw ? 0.5f : work.middle;  // the index plane of raw keys is a rounding of them

@@ -1,5 +1,5 @@
-// select_topk: one thread block per KV head finds the smallest score that is still among the best, a byte at a time
-// from the most significant (radix select), then writes the indices of the chosen in order.
+// select_topk: one thread block per KV head and request finds the smallest score that is still among the best, a byte at
+// a time from the most significant (radix select), then writes the places of the chosen in order.
 
 #include "warp.cuh"
 
@@ -55,13 +55,18 @@ __device__ __forceinline__ void find_digit(SelectShared& shared, int left) {
   shared.left = left - before;
 }
 
+// Grid: KV heads, requests.
 __global__ void __launch_bounds__(kSelectThreads)
-    select_topk_kernel(const float* scores, int count, int best, int64_t* indices) {
+    select_topk_kernel(const float* scores, Runs tokens, Runs chosen, int64_t* indices) {
   PIKV_DYNAMIC_SHARED(memory);
   SelectShared& shared = *reinterpret_cast<SelectShared*>(memory);
   const int thread = static_cast<int>(threadIdx.x);
-  scores += static_cast<int64_t>(blockIdx.x) * count;
-  indices += static_cast<int64_t>(blockIdx.x) * best;
+  const int64_t begin = tokens.first[blockIdx.y], to = chosen.first[blockIdx.y];
+  const int count = static_cast<int>(tokens.first[blockIdx.y + 1] - begin);
+  const int best = static_cast<int>(chosen.first[blockIdx.y + 1] - to);
+  if (best <= 0) return;
+  scores += static_cast<int64_t>(blockIdx.x) * tokens.count + begin;
+  indices += static_cast<int64_t>(blockIdx.x) * chosen.count + to;
 
   unsigned threshold = 0, known = 0;
   int left = best;
@@ -95,17 +100,20 @@ __global__ void __launch_bounds__(kSelectThreads)
       if (w < warp_id()) my_above += shared.totals[w][0], my_equal += shared.totals[w][1];
       above_before += shared.totals[w][0], equal_before += shared.totals[w][1];
     }
-    if (above || (equal && my_equal < left)) indices[my_above + min(my_equal, left)] = i;
+    if (above || (equal && my_equal < left)) indices[my_above + min(my_equal, left)] = begin + i;
     __syncthreads();
   }
 }
 
-extern "C" int pikv_cuda_select_topk(const float* scores, int64_t groups, int64_t count, int64_t best, int64_t* indices,
-                                     void* stream) {
-  if (best < 0 || best > count || count > 0x7fffffff - kSelectThreads) return cudaErrorInvalidValue;
-  if (groups == 0 || best == 0) return cudaSuccess;
-  return launch(select_topk_kernel, dim3(static_cast<unsigned>(groups)), kSelectThreads, sizeof(SelectShared),
-                static_cast<cudaStream_t>(stream), scores, static_cast<int>(count), static_cast<int>(best), indices);
+extern "C" int pikv_cuda_select_topk(const float* scores, int64_t groups, const Runs* tokens, const Runs* chosen,
+                                     int64_t* indices, void* stream) {
+  if (chosen->count < 0 || chosen->count > tokens->count || chosen->requests != tokens->requests ||
+      tokens->count > 0x7fffffff - kSelectThreads)
+    return cudaErrorInvalidValue;
+  if (groups == 0 || chosen->count == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(groups), static_cast<unsigned>(tokens->requests));
+  return launch(select_topk_kernel, grid, kSelectThreads, sizeof(SelectShared), static_cast<cudaStream_t>(stream),
+                scores, *tokens, *chosen, indices);
 }
 
 }  // namespace pikv::cuda

@@ -1,8 +1,10 @@
 // Codes: quantising, dequantising and appending blocks, and fetching them ahead.
 
+#include <algorithm>
 #include <cstring>
 
 #include "ops/ops.h"
+#include "ops/shared.h"
 
 namespace pikv {
 namespace {

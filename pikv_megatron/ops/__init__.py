@@ -104,6 +104,7 @@ score_blocks = _resolve("score_blocks")
 score_tokens = _resolve("score_tokens")
 rank_tokens = _resolve("rank_tokens")
 select_topk = _resolve("select_topk")
+select_mass = _resolve("select_mass")
 unread_mass = _resolve("unread_mass")
 attend_blocks = _resolve("attend_blocks")
 attend_decode = _resolve("attend_decode")
@@ -149,6 +150,7 @@ __all__ = [
     "rank_tokens",
     "score_blocks",
     "score_tokens",
+    "select_mass",
     "select_topk",
     "token_importance",
     "unread_mass",

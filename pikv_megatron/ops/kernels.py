@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pikv_megatron.ops import reference
-from pikv_megatron.ops.reference import Keys, Partial, Values
+from pikv_megatron.ops.reference import BlockScores, Keys, Partial, TokenScores, Values
+from pikv_megatron.ops.reference.score import refuse_low_rank
 
 OUT_OPS = (
     "quantize_block",
@@ -18,14 +19,17 @@ OUT_OPS = (
     "attend_tokens",
     "attend_mass",
     "attend_at",
+    "attend_windows",
     "merge_partials",
     "score_blocks",
     "score_tokens",
     "key_logits",
     "token_importance",
     "window_importance",
+    "prompt_importance",
     "rank_tokens",
     "select_topk",
+    "select_mass",
     "unread_mass",
 )
 
@@ -61,6 +65,32 @@ def dequantize_block(
     parts = (None if t is None else t.contiguous() for t in (high, low, scale, zero))
     torch.ops.pikv.dequantize_block_out(*parts, hi_bits, lo_bits, per_channel, y)
     return y
+
+
+def score_blocks(q: Tensor, keys: Keys, block_ids: Tensor, first_blocks: Tensor, softmax_scale: float) -> BlockScores:
+    """See reference.score_blocks."""
+    refuse_low_rank(keys)
+    q = q.float().contiguous()
+    bound = q.new_empty(*q.shape[1:3], block_ids.shape[0])
+    scores = BlockScores(bound, torch.empty_like(bound), torch.empty_like(bound))
+    _, _, _, scale, zero, *_ = _flat(keys)
+    bits = keys.hi_bits + keys.lo_bits
+    torch.ops.pikv.score_blocks_out(q, scale, zero, bits, block_ids, first_blocks, softmax_scale, *scores)
+    return scores
+
+
+def score_tokens(q: Tensor, keys: Keys, block_ids: Tensor, first_blocks: Tensor, softmax_scale: float) -> TokenScores:
+    """See reference.score_tokens."""
+    refuse_low_rank(keys)
+    raw, high, _, scale, zero, hi_bits, lo_bits = _flat(keys)
+    assert keys.high is not None
+    q, block_ids = q.float().contiguous(), block_ids.contiguous()
+    coarse = q.new_empty(*q.shape[1:3], block_ids.shape[-1], keys.high.shape[2])
+    radius = q.new_empty(coarse.shape[:3])
+    scores = TokenScores(coarse, radius, torch.empty_like(radius))
+    planes = (raw, high, scale, zero, hi_bits, lo_bits)
+    torch.ops.pikv.score_tokens_out(q, *planes, block_ids, first_blocks, softmax_scale, *scores)
+    return scores
 
 
 def _flat(fields: Keys | Values) -> list[Tensor | int | None]:
@@ -110,6 +140,58 @@ def attend_blocks(
     return partial
 
 
+def attend_decode(
+    q: Tensor,
+    raw_k: Tensor,
+    raw_v: Tensor,
+    slots: Tensor,
+    raw_first: Tensor,
+    raw_last: Tensor,
+    keys: Keys,
+    values: Values,
+    block_ids: Tensor,
+    first_blocks: Tensor,
+    softmax_scale: float,
+) -> Partial:
+    """See reference.attend_decode."""
+    q = q.float().contiguous()
+    partial = _empty_partial(q, raw_v.shape[-1])
+    raw = (_rows(raw_k), _rows(raw_v), slots, raw_first, raw_last)
+    stored = (*_flat(keys), *_flat(values), *_low_rank(keys, values))
+    torch.ops.pikv.attend_decode_out(q, *raw, *stored, block_ids, first_blocks, softmax_scale, *partial)
+    return partial
+
+
+def attend_windows(
+    q: Tensor, raw_k: Tensor, raw_v: Tensor, slots: Tensor, raw_first: Tensor, raw_last: Tensor, softmax_scale: float
+) -> Partial:
+    """See reference.attend_windows."""
+    q = q.float().contiguous()
+    partial = _empty_partial(q, raw_v.shape[-1])
+    raw = (_rows(raw_k), _rows(raw_v), slots, raw_first, raw_last)
+    torch.ops.pikv.attend_windows_out(q, *raw, softmax_scale, *partial)
+    return partial
+
+
+def attend_tokens(
+    q: Tensor,
+    keys: Keys,
+    values: Values,
+    block_ids: Tensor,
+    offsets: Tensor,
+    first_tokens: Tensor,
+    softmax_scale: float,
+    read: Tensor | None = None,
+) -> Partial:
+    """See reference.attend_tokens."""
+    q, block_ids, offsets = q.float().contiguous(), block_ids.contiguous(), offsets.contiguous()
+    read = None if read is None else read.contiguous()
+    partial = _empty_partial(q, _value_dim(values))
+    stored = (*_flat(keys), *_flat(values), *_low_rank(keys, values))
+    torch.ops.pikv.attend_tokens_out(q, *stored, block_ids, offsets, first_tokens, softmax_scale, read, *partial)
+    return partial
+
+
 def append(keys: Keys, values: Values, block_ids: Tensor, new_k: Tensor, new_v: Tensor) -> None:
     """See reference.append."""
     torch.ops.pikv.append_out(_rows(new_k), _rows(new_v), block_ids, *keys[:-1], *values[:-1])
@@ -129,6 +211,76 @@ def attend_ragged(
     stored = (*_flat(keys), *_flat(values), *_low_rank(keys, values))
     torch.ops.pikv.attend_ragged_out(q, *stored, block_ids, first_blocks, softmax_scale, *partial)
     return partial
+
+
+def attend_mass(
+    q: Tensor,
+    stored: list[tuple[Keys, Values, Tensor, Tensor]],
+    scores: list[TokenScores],
+    slope: float | None,
+    raw_lse: Tensor,
+    epsilon: float,
+    softmax_scale: float,
+) -> tuple[list[Partial], list[Tensor]]:
+    """See reference.attend_mass. On CPU, of one pool without a low-rank part, little is read beyond what is needed;
+    else every key is, and the values of the tokens that are needed: reading until it is enough would keep most of a GPU
+    waiting.
+    """
+    low_rank = any(keys.low_rank or values.low_rank for keys, values, *_ in stored)
+    if len(stored) == 1 and not q.is_cuda and not low_rank:
+        partial, read = _attend_mass_of_one(q, stored[0], scores[0], slope, raw_lse, epsilon, softmax_scale)
+        return [partial], [read]
+    logits = [key_logits(q, keys, ids, first, softmax_scale) for keys, _, ids, first in stored]
+    reads = reference.read_until_enough(stored, scores, slope, logits, raw_lse, epsilon, rank_tokens, select_mass)
+    partials = []
+    for (keys, values, block_ids, first), score, read in zip(stored, scores, reads, strict=True):
+        size = score.coarse.shape[-1]
+        tokens = block_ids.repeat_interleave(size).expand(q.shape[1], -1)
+        offsets = torch.arange(size, device=q.device).repeat(len(block_ids)).expand_as(tokens)
+        partials.append(attend_tokens(q, keys, values, tokens, offsets, first * size, softmax_scale, read))
+    return partials, reads
+
+
+def _attend_mass_of_one(
+    q: Tensor,
+    pool: tuple[Keys, Values, Tensor, Tensor],
+    score: TokenScores,
+    slope: float | None,
+    raw_lse: Tensor,
+    epsilon: float,
+    softmax_scale: float,
+) -> tuple[Partial, Tensor]:
+    keys, values, block_ids, first_blocks = pool
+    q = q.float().contiguous()
+    partial = _empty_partial(q, _value_dim(values))
+    coarse, extra = score.coarse.contiguous(), (score.radius if slope is None else score.spread).contiguous()
+    read = q.new_empty(q.shape[1], coarse.shape[2] * coarse.shape[3], dtype=torch.bool)
+    torch.ops.pikv.attend_mass_out(
+        q,
+        *_flat(keys),
+        *_flat(values),
+        block_ids,
+        first_blocks,
+        coarse,
+        1.0 if slope is None else slope,
+        extra,
+        raw_lse.contiguous(),
+        epsilon,
+        softmax_scale,
+        *partial,
+        read,
+    )
+    return partial, read
+
+
+def select_mass(
+    order: Tensor, if_unread: Tensor, if_read: Tensor, raw_lse: Tensor, first_tokens: Tensor, epsilon: float
+) -> Tensor:
+    """See reference.select_mass."""
+    order, if_unread, if_read, raw_lse = (x.contiguous() for x in (order, if_unread, if_read, raw_lse))
+    read = torch.empty_like(order, dtype=torch.bool)
+    torch.ops.pikv.select_mass_out(order, if_unread, if_read, raw_lse, first_tokens, epsilon, read)
+    return read
 
 
 def attend_window(q: Tensor, k: Tensor, v: Tensor, query_tokens: int, softmax_scale: float) -> Partial:
@@ -173,9 +325,74 @@ def merge_partials(partials: list[Partial]) -> Partial:
     return merged
 
 
+def key_logits(q: Tensor, keys: Keys, block_ids: Tensor, first_blocks: Tensor, softmax_scale: float) -> Tensor:
+    """See reference.key_logits."""
+    q = q.float().contiguous()
+    held = keys.raw if keys.raw is not None else keys.high
+    assert held is not None
+    logits = q.new_empty(*q.shape[1:3], block_ids.shape[0] * held.shape[2])
+    stored = (*_flat(keys), *_low_rank(keys))
+    torch.ops.pikv.key_logits_out(q, *stored, block_ids, first_blocks, softmax_scale, logits)
+    return logits
+
+
+def token_importance(
+    q: Tensor, lse: Tensor, keys: Keys, block_ids: Tensor, first_blocks: Tensor, softmax_scale: float
+) -> Tensor:
+    """See reference.token_importance."""
+    q = q.float().contiguous()
+    held = keys.raw if keys.raw is not None else keys.high
+    assert held is not None
+    importance = q.new_empty(block_ids.shape[0], held.shape[2])
+    stored = (*_flat(keys), *_low_rank(keys), block_ids, first_blocks)
+    torch.ops.pikv.token_importance_out(q, lse.contiguous(), *stored, softmax_scale, importance)
+    return importance
+
+
+def window_importance(
+    q: Tensor,
+    lse: Tensor,
+    raw_k: Tensor,
+    slots: Tensor,
+    raw_first: Tensor,
+    raw_last: Tensor,
+    softmax_scale: float,
+) -> Tensor:
+    """See reference.window_importance."""
+    q = q.float().contiguous()
+    importance = q.new_empty(q.shape[0], raw_k.shape[2])
+    raw = (_rows(raw_k), slots, raw_first, raw_last)
+    torch.ops.pikv.window_importance_out(q, lse.contiguous(), *raw, softmax_scale, importance)
+    return importance
+
+
 def prompt_importance(q: Tensor, lse: Tensor, k: Tensor, query_tokens: int, softmax_scale: float) -> Tensor:
     """See reference.prompt_importance."""
     q = q.float().contiguous()
     importance = q.new_empty(k.shape[1])
-    torch.ops.pikv.window_importance_out(q, lse.contiguous(), _rows(k), query_tokens, softmax_scale, importance)
+    torch.ops.pikv.prompt_importance_out(q, lse.contiguous(), _rows(k), query_tokens, softmax_scale, importance)
     return importance
+
+
+def rank_tokens(coarse: Tensor, raw_lse: Tensor, first_tokens: Tensor) -> Tensor:
+    """See reference.rank_tokens."""
+    rank = coarse.new_empty(coarse.shape[0], coarse.shape[2])
+    torch.ops.pikv.rank_tokens_out(coarse.contiguous(), raw_lse.contiguous(), first_tokens, rank)
+    return rank
+
+
+def select_topk(scores: Tensor, first_tokens: Tensor, first_chosen: Tensor, total_chosen: int) -> Tensor:
+    """See reference.select_topk. Counts are looked at on CPU alone."""
+    indices = scores.new_empty(scores.shape[0], total_chosen, dtype=torch.int64)
+    torch.ops.pikv.select_topk_out(scores.contiguous(), first_tokens, first_chosen, indices)
+    return indices
+
+
+def unread_mass(scores: TokenScores, slope: float, read: Tensor, first_blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """See reference.unread_mass."""
+    coarse, radius, spread = (t.contiguous() for t in scores)
+    by_spread = coarse.new_empty(len(first_blocks) - 1, *coarse.shape[:2])
+    by_radius = torch.empty_like(by_spread)
+    of_blocks = (coarse, slope, spread, radius, read.contiguous(), first_blocks)
+    torch.ops.pikv.unread_mass_out(*of_blocks, by_spread, by_radius)
+    return by_spread, by_radius

@@ -1,4 +1,6 @@
-"""The CUDA kernels: every test here takes `cuda`, the ops as a simulator or a device runs them."""
+"""The CUDA kernels: the tests here take `cuda`, the ops as a simulator or a device runs them, those of decode steps for
+one request; or `every`, the same for several.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 from device import open_device
 from launchers import Launchers
+from one_request import OneRequest
 
 from tools import simulate
 
@@ -23,9 +26,27 @@ def runner(request):
     return Launchers(simulate.load(simulate.build(SOURCES, simulator=request.param)))
 
 
+class _Alone(OneRequest):
+    """splits: thread blocks per KV head in attention."""
+
+    @property
+    def splits(self) -> int:
+        return self.ops.splits
+
+    @splits.setter
+    def splits(self, splits: int) -> None:
+        self.ops.splits = splits
+
+
 @pytest.fixture
-def cuda(runner):
+def every(runner):
     """The ops, threads in order and three thread blocks per KV head."""
     runner.set_seed(0)
     runner.splits = 3
     return runner
+
+
+@pytest.fixture
+def cuda(every):
+    """The same, for one request."""
+    return _Alone(every)

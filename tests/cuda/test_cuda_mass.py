@@ -5,33 +5,40 @@ from __future__ import annotations
 import pytest
 import torch
 from launchers import Launchers
+from one_request import OneRequest
 from stored import dense_rows, random_store, rows_of, with_parts
 
 from pikv_megatron.ops import kernels, reference
 
 
+class _OfSimulator:
+    """attend_mass over the ops that it calls; on a simulator, which takes tensors of the CPU, for several pools."""
+
+    attend_mass = staticmethod(kernels.attend_mass)
+
+
 @pytest.fixture
-def attend_mass(cuda, monkeypatch):
-    """The op; on a simulator, which takes tensors of the CPU, for several pools."""
-    if not isinstance(cuda, Launchers):
-        return cuda.attend_mass
+def ops(every, monkeypatch):
+    """attend_mass for several requests."""
+    if not isinstance(every, Launchers):
+        return every
 
     def of_simulator(name: str):
         def call(*arguments):
-            return getattr(cuda, name)(*(x.contiguous() if isinstance(x, torch.Tensor) else x for x in arguments))
+            return getattr(every, name)(*(x.contiguous() if isinstance(x, torch.Tensor) else x for x in arguments))
 
         return call
 
-    for name in ("rank_tokens", "key_logits", "attend_tokens"):
+    for name in ("rank_tokens", "key_logits", "select_mass", "attend_tokens"):
         monkeypatch.setattr(kernels, name, of_simulator(name))
-    return kernels.attend_mass
+    return _OfSimulator()
 
 
 @pytest.mark.parametrize("ranks", [(0, 0), (16, 9)])
 @pytest.mark.parametrize("slope", [None, 0.9])
 @pytest.mark.parametrize("codec", ["none", "int8", "int4"])
 @pytest.mark.parametrize(("pools", "size", "strength"), [((9, 16), 16, 1.0), ((1, 3, 4), 32, 6.0)])
-def test_until_little_enough_is_missed(attend_mass, codec, slope, pools, size, strength, ranks):
+def test_until_little_enough_is_missed(ops, codec, slope, pools, size, strength, ranks):
     """As many tokens as the reference reads, whose order may differ where ranks are equal up to rounding; a low-rank
     part, of which the scores do not know, changes nothing of that.
     """
@@ -41,11 +48,12 @@ def test_until_little_enough_is_missed(attend_mass, codec, slope, pools, size, s
     q, raw_lse = strength * torch.randn(2, 3, 64, generator=rng), torch.randn(2, 3, generator=rng)
     ids = torch.randperm(sum(pools), generator=rng)
     stored = [(held.keys, held.values, some) for some in ids.split(pools)]
-    scores = [reference.score_tokens(q, bare.keys, some, 0.125) for _, _, some in stored]
+    one, plain = OneRequest(ops), OneRequest(reference)
+    scores = [plain.score_tokens(q, bare.keys, some, 0.125) for _, _, some in stored]
     k, v = rows_of(held, ids)
     for epsilon in (0.3, 0.02):
-        partials, read = attend_mass(q, stored, scores, slope, raw_lse, epsilon, 0.125)
-        _, expected = reference.attend_mass(q, stored, scores, slope, raw_lse, epsilon, 0.125)
+        partials, read = one.attend_mass(q, stored, scores, slope, raw_lse, epsilon, 0.125)
+        _, expected = plain.attend_mass(q, stored, scores, slope, raw_lse, epsilon, 0.125)
         assert torch.equal(read.sum(-1), expected.sum(-1))
         assert (read != expected).sum() <= 2
         merged = reference.merge_partials(partials)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from one_request import OneRequest
 from pairs import every_case, every_pair, name_of
 from stored import Stored, dense_rows, random_store, rows_of, with_parts
 
-from pikv_megatron.ops import reference
+from pikv_megatron.ops import reference as plain
 from pikv_megatron.ops.reference import Keys
 
+reference = OneRequest(plain)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES = {
     "codec": (*DTYPES, "int8", "int4", "int2"),
@@ -109,12 +111,12 @@ def test_token_importance(cuda, case):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "query_tokens"), [(1, 1), (68, 1), (45, 7), (40, 40)])
-def test_window_importance(cuda, tokens, query_tokens, dtype):
+def test_prompt_importance(cuda, tokens, query_tokens, dtype):
     k = torch.randn(2, 70, 64, generator=_rng(10)).to(DTYPES[dtype])[:, 1 : 1 + tokens]
     q = torch.randn(2, 3 * query_tokens, 64, generator=_rng(11))
     lse = 3 * torch.randn(2, 3 * query_tokens, generator=_rng(12)) + 5
-    expected = reference.window_importance(q.double(), lse.double(), k, query_tokens, 0.125)
-    _near([cuda.window_importance(q, lse, k, query_tokens, 0.125)], [expected], ("importance",))
+    expected = reference.prompt_importance(q.double(), lse.double(), k, query_tokens, 0.125)
+    _near([cuda.prompt_importance(q, lse, k, query_tokens, 0.125)], [expected], ("importance",))
 
 
 @pytest.mark.parametrize("case", every_pair({**SHAPES, "per_head": [False]}), ids=name_of)
@@ -197,7 +199,7 @@ def test_select_topk_of_any_count(cuda, count):
 
 
 def test_select_topk_refuses_more_than_there_are(cuda):
-    with pytest.raises((RuntimeError, ValueError), match=r"error 1$|at most 4, got 5"):
+    with pytest.raises((RuntimeError, ValueError), match=r"error 1$|at most 4 for all requests, got 5"):
         cuda.select_topk(torch.zeros(1, 4), 5)
 
 

@@ -14,75 +14,109 @@ G, R, B, D, E, N = 2, 3, 16, 32, 16, 5
 
 def _arguments() -> dict[str, tuple]:
     """Arguments of every op, outputs included."""
-    q, ids = torch.randn(G, R, D), torch.tensor([4, 0, 2])
-    coded, raw = (random_store(N, G, B, D, E, codec) for codec in ("int8", "none"))
+    one, q, ids = torch.randn(G, R, D), torch.randn(2, G, R, D), torch.tensor([4, 0, 2])
+    first_blocks, first_tokens, first_chosen = (torch.tensor([0, 1, 3]) * x for x in (1, B, 2))
+    coded, held = (random_store(N, G, B, D, E, codec) for codec in ("int8", "none"))
     k_part, v_part = (list(random_part(N, G, B, channels, 8, 2)) for channels in (D, E))
-    out, lse = torch.empty(G, R, E), torch.empty(G, R)
+    out, lse = torch.empty(2, G, R, E), torch.empty(2, G, R)
     coarse, radius, spread = torch.randn(G, R, 3, B), torch.rand(G, R, 3), torch.rand(G, R, 3)
     high, low = torch.empty(N, G, B, D // 2, dtype=torch.uint8), torch.empty(N, G, B, D // 2, dtype=torch.uint8)
     scale, zero = torch.empty(N, G, D, dtype=torch.float16), torch.empty(N, G, D, dtype=torch.float16)
-    tokens = torch.randint(0, N, (G, 7))
+    tokens = torch.randint(0, N, (G, 3 * B))
     read = torch.empty(G, 3 * B, dtype=torch.bool)
     new_k, new_v = torch.randn(3, G, B, D), torch.randn(3, G, B, E)
-    window_k, window_v = torch.randn(G, 20, D), torch.randn(G, 20, E)
+    window_k, window_v = torch.randn(4, G, 20, D), torch.randn(4, G, 20, E)
+    raw = (torch.tensor([3, 1]), torch.tensor([0, 4]), torch.tensor([17, 4]))
     places, queries = torch.arange(20), torch.tensor([17, 18, 19])
+    stored, logits = (*coded.keys[:-1], *coded.values[:-1], k_part, v_part), torch.randn(G, R, 3 * B)
     return {
-        "quantize_block_out": (raw.keys.raw, 4, 4, True, high, low, scale, zero),
+        "quantize_block_out": (held.keys.raw, 4, 4, True, high, low, scale, zero),
         "dequantize_block_out": (*coded.keys[1:5], 4, 4, True, torch.empty(N, G, B, D)),
         "append_out": (new_k, new_v, ids, *coded.keys[:-1], *coded.values[:-1]),
         "prefetch": (coded.keys.high, ids),
-        "attend_blocks_out": (q, *coded.keys[:-1], *coded.values[:-1], k_part, v_part, ids, 0.2, None, None, out, lse),
-        "attend_decode_out": (
+        "attend_blocks_out": (one, *stored, ids, 0.2, None, None, out[0], lse[0]),
+        "attend_ragged_out": (q, *stored, ids, first_blocks, 0.2, out, lse),
+        "attend_decode_out": (q, window_k, window_v, *raw, *stored, ids, first_blocks, 0.2, out, lse),
+        "attend_windows_out": (q, window_k, window_v, *raw, 0.2, out, lse),
+        "attend_tokens_out": (
             q,
-            window_k,
-            window_v,
-            *coded.keys[:-1],
-            *coded.values[:-1],
+            *held.keys[:-1],
+            *held.values[:-1],
             k_part,
-            v_part,
-            ids,
+            [],
+            tokens,
+            tokens,
+            first_tokens,
             0.2,
+            None,
             out,
             lse,
         ),
-        "attend_ragged_out": (
-            torch.randn(2, G, R, D),
-            *coded.keys[:-1],
-            *coded.values[:-1],
-            k_part,
-            v_part,
-            ids,
-            torch.tensor([0, 1, 3]),
-            0.2,
-            torch.empty(2, G, R, E),
-            torch.empty(2, G, R),
-        ),
-        "attend_tokens_out": (q, *raw.keys[:-1], *raw.values[:-1], k_part, [], tokens, tokens, 0.2, None, out, lse),
         "attend_mass_out": (
             q,
-            *coded.keys[:-1],
-            *coded.values[:-1],
+            *stored[:-2],
             ids,
+            first_blocks,
             coarse,
             0.9,
             radius,
-            lse.zero_(),
+            torch.zeros(2, G, R),
             0.1,
             0.2,
             out,
             lse,
             read,
         ),
-        "attend_at_out": (q, window_k, window_v, places, queries, 0.2, out, lse),
-        "merge_partials_out": (torch.randn(4, G, R, E), torch.randn(4, G, R), out, lse),
-        "score_blocks_out": (q, *coded.keys[3:5], 8, ids, 0.2, *(torch.empty(G, R, 3) for _ in range(3))),
-        "score_tokens_out": (q, None, coded.keys.high, *coded.keys[3:5], 4, 4, ids, 0.2, coarse, radius, spread),
-        "key_logits_out": (q, *coded.keys[:-1], k_part, ids, 0.2, torch.empty(G, R, 3 * B)),
-        "token_importance_out": (q, torch.zeros(G, R), *coded.keys[:-1], [], ids, 0.2, torch.empty(3, B)),
-        "window_importance_out": (q, torch.zeros(G, R), window_k, 3, 0.2, torch.empty(20)),
-        "rank_tokens_out": (torch.randn(G, R, 40), torch.randn(G, R), torch.empty(G, 40)),
-        "select_topk_out": (torch.randn(G, 40), torch.empty(G, 5, dtype=torch.int64)),
-        "unread_mass_out": (coarse, 0.9, spread, radius, read.fill_(False), torch.empty(G, R), torch.empty(G, R)),
+        "attend_at_out": (one, window_k[0], window_v[0], places, queries, 0.2, out[0], lse[0]),
+        "merge_partials_out": (torch.randn(4, G, R, E), torch.randn(4, G, R), out[0], lse[0]),
+        "score_blocks_out": (
+            q,
+            *coded.keys[3:5],
+            8,
+            ids,
+            first_blocks,
+            0.2,
+            *(torch.empty(G, R, 3) for _ in range(3)),
+        ),
+        "score_tokens_out": (
+            q,
+            None,
+            coded.keys.high,
+            *coded.keys[3:5],
+            4,
+            4,
+            ids,
+            first_blocks,
+            0.2,
+            coarse,
+            radius,
+            spread,
+        ),
+        "key_logits_out": (q, *coded.keys[:-1], k_part, ids, first_blocks, 0.2, torch.empty(G, R, 3 * B)),
+        "token_importance_out": (q, lse, *coded.keys[:-1], [], ids, first_blocks, 0.2, torch.empty(3, B)),
+        "window_importance_out": (q, torch.zeros(2, G, R), window_k, *raw, 0.2, torch.empty(2, 20)),
+        "prompt_importance_out": (one, torch.zeros(G, R), window_k[0], 3, 0.2, torch.empty(20)),
+        "rank_tokens_out": (logits, torch.randn(2, G, R), first_tokens, torch.empty(G, 3 * B)),
+        "select_topk_out": (logits[:, 0].contiguous(), first_tokens, first_chosen, torch.empty(G, 6).long()),
+        "select_mass_out": (
+            torch.arange(3 * B).expand(G, -1).contiguous(),
+            logits,
+            logits.clone(),
+            torch.zeros(2, G, R),
+            first_tokens,
+            0.2,
+            read,
+        ),
+        "unread_mass_out": (
+            coarse,
+            0.9,
+            spread,
+            radius,
+            torch.zeros(G, 3 * B, dtype=torch.bool),
+            first_blocks,
+            lse,
+            lse.clone(),
+        ),
     }
 
 

@@ -110,12 +110,97 @@ def test_tokens_outside_their_block(q, held, wrong):
         ONE.attend_tokens(q, held.keys, held.values, ids, offsets, 0.2)
 
 
-@pytest.mark.parametrize("first", [[1, 2, 3], [0, 4, 3], [0, 1, 2], [0, -1, 3]])
-def test_runs_that_do_not_cover_the_blocks(q, held, first):
-    with pytest.raises(RuntimeError, match="first_blocks: expected 0, ascending, to 3"):
-        pikv_megatron.ops.attend_ragged(
-            q.expand(2, -1, -1, -1), held.keys, held.values, torch.arange(3), torch.tensor(first), 0.2
-        )
+@pytest.mark.parametrize("first", [[1, 2, 3], [0, 4, 3], [0, 1, 2], [0, -1, 3], [0.0, 1.0, 3.0]])
+def test_runs_that_do_not_cover_the_list(q, held, first):
+    """Every op that takes several requests, two of them here."""
+    ops, ids, run, logits = pikv_megatron.ops, torch.arange(3), torch.tensor(first), torch.zeros(G, R, 3)
+    q, lse, lists, scores = q.expand(2, -1, -1, -1), torch.zeros(2, G, R), ids.expand(G, -1), torch.zeros(G, 3)
+    buffer, at = torch.zeros(2, G, 4, D), (torch.tensor([0, 1]), torch.tensor([0, 0]), torch.tensor([1, 4]))
+    scored = ONE.score_tokens(q[0], held.keys, ids, 0.2)
+    stored = (held.keys, held.values, ids, run)
+    calls = {
+        "first_blocks": (
+            lambda: ops.attend_ragged(q, *stored, 0.2),
+            lambda: ops.attend_decode(q, buffer, buffer, *at, *stored, 0.2),
+            lambda: ops.attend_mass(q, [stored], [scored], None, lse, 0.1, 0.2),
+            lambda: ops.score_blocks(q, held.keys, ids, run, 0.2),
+            lambda: ops.score_tokens(q, held.keys, ids, run, 0.2),
+            lambda: ops.key_logits(q, held.keys, ids, run, 0.2),
+            lambda: ops.token_importance(q, lse, held.keys, ids, run, 0.2),
+            lambda: ops.unread_mass(scored, 1.0, torch.zeros(G, 3 * B, dtype=torch.bool), run),
+        ),
+        "first_tokens": (
+            lambda: ops.attend_tokens(q, held.keys, held.values, lists, lists, run, 0.2),
+            lambda: ops.rank_tokens(logits, lse, run),
+            lambda: ops.select_topk(scores, run, torch.tensor([0, 1, 2]), 2),
+            lambda: ops.select_mass(lists, logits, logits, lse, run, 0.1),
+        ),
+        "first_chosen": (lambda: ops.select_topk(scores, torch.tensor([0, 0, 3]), run, 3),),
+    }
+    for name, of in calls.items():
+        for call in of:
+            with pytest.raises(RuntimeError, match=rf"{name}: (expected 0, ascending, to 3|unexpected dtype)"):
+                call()
+
+
+@pytest.mark.parametrize(
+    ("slots", "first", "last", "said"),
+    [
+        ([0, 2], [0, 0], [4, 4], r"slots: expected 0 \.\. 1, got 2"),
+        ([-1, 0], [0, 0], [4, 4], r"slots: expected 0 \.\. 1, got -1"),
+        ([0, 1], [0, 0], [4, 5], r"raw_first, raw_last: expected 0 <= first <= last <= 4, got 0 and 5"),
+        ([0, 1], [3, 0], [2, 4], r"raw_first, raw_last: expected 0 <= first <= last <= 4, got 3 and 2"),
+        ([0, 1], [-1, 0], [2, 4], r"raw_first, raw_last: expected 0 <= first <= last <= 4, got -1 and 2"),
+        ([0], [0, 0], [4, 4], "slots: expected size 2"),
+        ([0, 1], [0], [4, 4], "raw_first: expected size 2"),
+        ([0, 1], [0, 0], [4, 4, 4], "raw_last: expected size 2"),
+        ([0.0, 1.0], [0, 0], [4, 4], "slots: unexpected dtype"),
+    ],
+)
+def test_raw_tokens_outside_their_buffer(q, held, slots, first, last, said):
+    ops, q, lse = pikv_megatron.ops, q.expand(2, -1, -1, -1), torch.zeros(2, G, R)
+    buffer, at = torch.zeros(2, G, 4, D), [torch.tensor(x) for x in (slots, first, last)]
+    stored = (held.keys, held.values, torch.arange(3), torch.tensor([0, 1, 3]))
+    for call in (
+        lambda: ops.attend_windows(q, buffer, buffer, *at, 0.2),
+        lambda: ops.attend_decode(q, buffer, buffer, *at, *stored, 0.2),
+        lambda: ops.window_importance(q, lse, buffer, *at, 0.2),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            call()
+
+
+def test_buffers_that_differ(q):
+    q, at = q.unsqueeze(0), [torch.tensor([x]) for x in (0, 0, 1)]
+    buffer = torch.zeros(2, G, 4, D)
+    for other, said in (
+        (torch.zeros(3, G, 4, D), "raw_v: expected the 2 slots of 4 tokens of raw_k, got 3 of 4"),
+        (torch.zeros(2, G, 5, D), "raw_v: expected the 2 slots of 4 tokens of raw_k, got 2 of 5"),
+        (torch.zeros(2, G + 1, 4, D), rf"raw_v: expected \[slots, {G}, tokens, {D}\]"),
+        (torch.zeros(2, G, 4, D, dtype=torch.float64), "raw_v: expected float32, bfloat16 or float16"),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            pikv_megatron.ops.attend_windows(q, buffer, other, *at, 0.2)
+
+
+@pytest.mark.parametrize("first", [[0, 3], [0, 1, 2, 3], [[0, 1, 3]]])
+def test_as_many_runs_as_requests(q, held, first):
+    q, ids, run = q.expand(2, -1, -1, -1), torch.arange(3), torch.tensor(first)
+    with pytest.raises(RuntimeError, match=r"first_blocks: expected (size 3 in dimension 0|1 dimensions)"):
+        pikv_megatron.ops.score_tokens(q, held.keys, ids, run, 0.2)
+    with pytest.raises(RuntimeError, match=r"first_chosen: expected (size 3 in dimension 0|1 dimensions)"):
+        pikv_megatron.ops.select_topk(torch.zeros(G, 3), torch.tensor([0, 1, 3]), run, 3)
+
+
+def test_places_outside_the_list():
+    logits, lse, order = torch.zeros(G, R, 3), torch.zeros(1, G, R), torch.tensor([[0, 1, 2], [0, 1, 3]])
+    with pytest.raises(RuntimeError, match=r"order: expected 0 \.\. 2, got 3"):
+        pikv_megatron.ops.select_mass(order, logits, logits, lse, torch.tensor([0, 3]), 0.1)
+
+
+def test_more_chosen_than_there_are(q):
+    with pytest.raises(RuntimeError, match="first_chosen: expected at most 1 for request 1, got 2"):
+        pikv_megatron.ops.select_topk(torch.zeros(G, 3), torch.tensor([0, 2, 3]), torch.tensor([0, 1, 3]), 3)
 
 
 def test_new_blocks_of_another_dtype_than_the_pool():

@@ -62,10 +62,40 @@ def test_attention_over_blocks_by_position(ops, held, q, ids):
     _equal(ops.attend_blocks(*arguments), reference.attend_blocks(*arguments))
 
 
-def test_attention_of_several_requests(ops, held, ids):
-    q = 4 * torch.randn(4, GROUPS, HEADS, DIM, generator=torch.Generator().manual_seed(4))
-    arguments = (q, held.keys, held.values, ids, torch.tensor([0, 3, 3, 60, BLOCKS]), SCALE)
-    _equal(ops.attend_ragged(*arguments), reference.attend_ragged(*arguments))
+def test_several_requests(every, held, ids):
+    """Runs of very different lengths, one of them empty."""
+    rng = torch.Generator().manual_seed(4)
+    q, raw_lse = 4 * torch.randn(4, GROUPS, HEADS, DIM, generator=rng), torch.randn(4, GROUPS, HEADS, generator=rng)
+    first = torch.tensor([0, 3, 3, 60, BLOCKS])
+    buffers = [torch.randn(6, GROUPS, 40, channels, generator=rng) for channels in (DIM, VALUE_DIM)]
+    window = (torch.tensor([5, 0, 3, 2]), torch.tensor([0, 3, 7, 10]), torch.tensor([40, 3, 9, 30]))
+    raw, stored = (*buffers, *window), (held.keys, held.values, ids, first)
+
+    def both(name: str, *arguments) -> object:
+        mine, truth = (getattr(lib, name)(*arguments) for lib in (every, plain))
+        of_several = isinstance(truth, tuple)
+        _equal(mine if of_several else [mine], truth if of_several else [truth])
+        return truth
+
+    both("attend_ragged", q, *stored, SCALE)
+    both("attend_windows", q, *raw, SCALE)
+    _, lse = both("attend_decode", q, *raw, *stored, SCALE)
+    scored = (q, held.keys, ids, first, SCALE)
+    both("score_blocks", *scored)
+    both("key_logits", *scored)
+    scores = both("score_tokens", *scored)
+    lse = lse.nan_to_num(neginf=0.0)
+    both("token_importance", q, lse, *scored[1:])
+    both("window_importance", q, lse, buffers[0], *window, SCALE)
+    rank = both("rank_tokens", scores.coarse.flatten(2), raw_lse, first * SIZE)
+    first_chosen = torch.tensor([0, 40, 40, 500, 530])
+    chosen = both("select_topk", rank, first * SIZE, first_chosen, 530)
+    both("attend_tokens", q, *stored[:2], ids[chosen // SIZE], chosen % SIZE, first_chosen, SCALE)
+    (partial,), (read,) = every.attend_mass(q, [stored], [scores], 0.9, raw_lse, 0.05, SCALE)
+    (truth,), (expected,) = plain.attend_mass(q, [stored], [scores], 0.9, raw_lse, 0.05, SCALE)
+    assert torch.equal(read, expected)
+    _equal(partial, truth)
+    both("unread_mass", scores, 0.9, read, first)
 
 
 def test_attention_over_tokens(ops, held, q):

@@ -45,13 +45,29 @@ class _Values(ctypes.Structure):
     )
 
 
+class _Runs(ctypes.Structure):
+    """`struct Runs` of cuda.h."""
+
+    _fields_ = (("first", c_void_p), ("requests", c_int64), ("count", c_int64))
+
+
+class _Windows(ctypes.Structure):
+    """`struct Windows` of cuda.h."""
+
+    _fields_ = (
+        *[(name, c_void_p) for name in ("slots", "first", "last")],
+        ("slot_rows", c_int64),
+        ("head_rows", c_int64),
+    )
+
+
 class _Places(ctypes.Structure):
     """`struct Places` of cuda.h."""
 
     _fields_ = (
         ("ids", c_void_p),
         ("count", c_int64),
-        *[(name, c_void_p) for name in ("first_blocks", "offsets", "read", "key_positions", "query_positions")],
+        *[(name, c_void_p) for name in ("first", "offsets", "read", "key_positions", "query_positions")],
     )
 
 
@@ -94,12 +110,21 @@ def _values(values: Values) -> _Values:
 
 
 def _raw_keys(k: Tensor) -> _Keys:
-    """Raw keys [G, S, D] outside pools."""
-    return _Keys(k.data_ptr(), None, None, None, None, DTYPES[k.dtype], 0, 0, *k.shape)
+    """Raw keys [G, S, D] outside pools, or [slots, G, C, D]."""
+    return _Keys(k.data_ptr(), None, None, None, None, DTYPES[k.dtype], 0, 0, *k.shape[-3:])
 
 
 def _raw_values(v: Tensor) -> _Values:
-    return _Values(v.data_ptr(), None, None, None, DTYPES[v.dtype], 0, *v.shape)
+    return _Values(v.data_ptr(), None, None, None, DTYPES[v.dtype], 0, *v.shape[-3:])
+
+
+def _runs(first: Tensor, count: int) -> _Runs:
+    return _Runs(_pointer(first), len(first) - 1, count)
+
+
+def _windows(k: Tensor, slots: Tensor, first: Tensor, last: Tensor) -> _Windows:
+    """Raw tokens of a buffer k [slots, G, C, channels]."""
+    return _Windows(*map(_pointer, (slots, first, last)), *(x // k.stride(2) for x in k.stride()[:2]))
 
 
 def _part(part: LowRank, projected: Tensor | None = None) -> _LowRank:
@@ -162,15 +187,8 @@ class Launchers:
         out, lse = torch.full((*lead, rows, dim), torch.nan), torch.full((*lead, rows), torch.nan)
         workspace = torch.full((self.splits * lse.numel() * (dim + 1),), torch.nan)
         q = q.float().contiguous()
-        requests = [c_int64(lead[0])] if len(lead) == 2 else []
-        front = (
-            _pointer(q),
-            *requests,
-            c_int64(rows),
-            c_float(softmax_scale),
-            ctypes.byref(keys),
-            ctypes.byref(values),
-        )
+        stored = (ctypes.byref(keys), ctypes.byref(values))
+        front = (_pointer(q), c_int64(rows), c_float(softmax_scale), *stored)
         back = (self.splits, _pointer(workspace), _pointer(out), _pointer(lse))
         return front, back, Partial(out, lse), (q, workspace)
 
@@ -194,8 +212,7 @@ class Launchers:
             its = _part(values.low_rank)
             of_values.low_rank = ctypes.addressof(its)
         front, back, partial, _held = self._attention(q, of_keys, of_values, softmax_scale)
-        if q.dim() == 3:
-            front = (front[0], c_int64(1), *front[1:])
+        front = (front[0], c_int64(len(q) if q.dim() == 4 else 1), *front[1:])
         where = _Places(_pointer(block_ids), block_ids.shape[-1], **{k: _pointer(x) for k, x in places.items()})
         self._call("attend_low_rank", *front, ctypes.byref(where), *back)
         return partial
@@ -211,9 +228,16 @@ class Launchers:
 
     def attend_ragged(self, q, keys, values, block_ids, first_blocks, softmax_scale):
         if keys.low_rank or values.low_rank:
-            return self._attend_low_rank(q, keys, values, softmax_scale, block_ids, first_blocks=first_blocks)
+            return self._attend_low_rank(q, keys, values, softmax_scale, block_ids, first=first_blocks)
         front, back, partial, _held = self._attention(q, _keys(keys), _values(values), softmax_scale)
-        self._call("attend_ragged", *front, _pointer(block_ids), _pointer(first_blocks), *back)
+        runs = _runs(first_blocks, block_ids.numel())
+        self._call("attend_ragged", *front, _pointer(block_ids), ctypes.byref(runs), *back)
+        return partial
+
+    def attend_windows(self, q, raw_k, raw_v, slots, raw_first, raw_last, softmax_scale):
+        front, back, partial, _held = self._attention(q, _raw_keys(raw_k), _raw_values(raw_v), softmax_scale)
+        windows = _windows(raw_k, slots, raw_first, raw_last)
+        self._call("attend_windows", front[0], c_int64(len(q)), *front[1:], ctypes.byref(windows), *back)
         return partial
 
     def attend_at(self, q, k, v, key_positions, query_positions, softmax_scale):
@@ -224,12 +248,13 @@ class Launchers:
         self._call("attend_at", *front, c_int64(head_rows), *positions, *back)
         return partial
 
-    def attend_tokens(self, q, keys, values, block_ids, offsets, softmax_scale, read=None):
+    def attend_tokens(self, q, keys, values, block_ids, offsets, first_tokens, softmax_scale, read=None):
         if keys.low_rank or values.low_rank:
-            return self._attend_low_rank(q, keys, values, softmax_scale, block_ids, offsets=offsets, read=read)
+            where = {"offsets": offsets, "read": read, "first": first_tokens}
+            return self._attend_low_rank(q, keys, values, softmax_scale, block_ids, **where)
         front, back, partial, _held = self._attention(q, _keys(keys), _values(values), softmax_scale)
-        tokens = map(_pointer, (block_ids, offsets, read))
-        self._call("attend_tokens", *front, *tokens, c_int64(block_ids.shape[1]), *back)
+        tokens, runs = map(_pointer, (block_ids, offsets, read)), _runs(first_tokens, block_ids.shape[1])
+        self._call("attend_tokens", *front, *tokens, ctypes.byref(runs), *back)
         return partial
 
     def merge_partials(self, partials):
@@ -239,81 +264,96 @@ class Launchers:
         self._call("merge_partials", _pointer(outs), _pointer(lses), *sizes, *map(_pointer, merged))
         return merged
 
-    def score_tokens(self, q, keys, block_ids, softmax_scale):
+    def score_tokens(self, q, keys, block_ids, first_blocks, softmax_scale):
         count = block_ids.shape[-1]
-        coarse = torch.full((*q.shape[:2], count, keys.high.shape[2]), torch.nan)
-        radius = torch.full((*q.shape[:2], count), torch.nan)
+        coarse = torch.full((*q.shape[1:3], count, keys.high.shape[2]), torch.nan)
+        radius = torch.full((*q.shape[1:3], count), torch.nan)
         scores = TokenScores(coarse, radius, radius.clone())
-        front = (_pointer(q), c_int64(q.shape[1]), c_float(softmax_scale), ctypes.byref(_keys(keys)))
-        ids = (_pointer(block_ids), c_bool(block_ids.dim() == 2), c_int64(count))
+        front = (_pointer(q), c_int64(q.shape[2]), c_float(softmax_scale), ctypes.byref(_keys(keys)))
+        ids = (_pointer(block_ids), c_bool(block_ids.dim() == 2), ctypes.byref(_runs(first_blocks, count)))
         self._call("score_tokens", *front, *ids, *map(_pointer, scores))
         return scores
 
-    def score_blocks(self, q, keys, block_ids, softmax_scale):
+    def score_blocks(self, q, keys, block_ids, first_blocks, softmax_scale):
         count = block_ids.numel()
-        scores = BlockScores(*(torch.full((*q.shape[:2], count), torch.nan) for _ in range(3)))
-        front = (_pointer(q), c_int64(q.shape[1]), c_float(softmax_scale), ctypes.byref(_keys(keys)))
-        self._call("score_blocks", *front, _pointer(block_ids), c_int64(count), *map(_pointer, scores))
+        scores = BlockScores(*(torch.full((*q.shape[1:3], count), torch.nan) for _ in range(3)))
+        front = (_pointer(q), c_int64(q.shape[2]), c_float(softmax_scale), ctypes.byref(_keys(keys)))
+        blocks = (_pointer(block_ids), ctypes.byref(_runs(first_blocks, count)))
+        self._call("score_blocks", *front, *blocks, *map(_pointer, scores))
         return scores
 
-    def token_importance(self, q, lse, keys, block_ids, softmax_scale):
+    def token_importance(self, q, lse, keys, block_ids, first_blocks, softmax_scale):
         sample = keys.raw if keys.raw is not None else keys.high
         importance = torch.full((block_ids.numel(), sample.shape[2]), torch.nan)
+        runs = ctypes.byref(_runs(first_blocks, block_ids.numel()))
         if keys.low_rank is not None:
-            logits = self.key_logits(q, keys, block_ids, softmax_scale)
-            sizes = (c_int64(lse.numel()), c_int64(logits.shape[2]))
+            logits = self.key_logits(q, keys, block_ids, first_blocks, softmax_scale)
+            sizes = (c_int64(lse[0].numel()), runs, c_int64(sample.shape[2]))
             self._call("logits_importance", _pointer(logits), _pointer(lse), *sizes, _pointer(importance))
             return importance
-        front = (_pointer(q), _pointer(lse), c_int64(q.shape[1]), c_float(softmax_scale), ctypes.byref(_keys(keys)))
-        self._call("token_importance", *front, _pointer(block_ids), c_int64(block_ids.numel()), _pointer(importance))
+        front = (_pointer(q), _pointer(lse), c_int64(q.shape[2]), c_float(softmax_scale), ctypes.byref(_keys(keys)))
+        self._call("token_importance", *front, _pointer(block_ids), runs, _pointer(importance))
         return importance
 
-    def window_importance(self, q, lse, k, query_tokens, softmax_scale):
+    def window_importance(self, q, lse, raw_k, slots, raw_first, raw_last, softmax_scale):
+        importance = torch.full((len(q), raw_k.shape[2]), torch.nan)
+        sizes = (c_int64(len(q)), c_int64(q.shape[2]), c_float(softmax_scale), ctypes.byref(_raw_keys(raw_k)))
+        windows = ctypes.byref(_windows(raw_k, slots, raw_first, raw_last))
+        self._call("window_importance", _pointer(q), _pointer(lse), *sizes, windows, _pointer(importance))
+        return importance
+
+    def prompt_importance(self, q, lse, k, query_tokens, softmax_scale):
         importance = torch.full((k.shape[1],), torch.nan)
         front = (_pointer(q), _pointer(lse), c_int64(q.shape[1]), c_float(softmax_scale), ctypes.byref(_raw_keys(k)))
         sizes = (c_int64(k.stride(0) // k.stride(1)), c_int64(query_tokens))
-        self._call("window_importance", *front, *sizes, _pointer(importance))
+        self._call("prompt_importance", *front, *sizes, _pointer(importance))
         return importance
 
-    def key_logits(self, q, keys, block_ids, softmax_scale):
+    def key_logits(self, q, keys, block_ids, first_blocks, softmax_scale):
         sample = keys.raw if keys.raw is not None else keys.high
-        logits = torch.full((*q.shape[:2], block_ids.numel() * sample.shape[2]), torch.nan)
-        stored = _keys(keys)
-        front = (_pointer(q), c_int64(q.shape[1]), c_float(softmax_scale), ctypes.byref(stored))
-        blocks = (_pointer(block_ids), c_int64(block_ids.numel()))
+        logits = torch.full((*q.shape[1:3], block_ids.numel() * sample.shape[2]), torch.nan)
+        stored, rows = _keys(keys), c_int64(q.shape[2])
+        front = (_pointer(q), rows, c_float(softmax_scale), ctypes.byref(stored))
+        blocks = (_pointer(block_ids), ctypes.byref(_runs(first_blocks, block_ids.numel())))
         self._call("key_logits", *front, *blocks, _pointer(logits))
         if keys.low_rank is not None:
             part, _projected = self._projected(q, keys.low_rank, softmax_scale)
             stored.low_rank = ctypes.addressof(part)
-            self._call("low_rank_logits", c_int64(q.shape[1]), ctypes.byref(stored), *blocks, _pointer(logits))
+            self._call("low_rank_logits", rows, ctypes.byref(stored), *blocks, _pointer(logits))
         return logits
 
-    def rank_tokens(self, coarse, raw_lse):
+    def rank_tokens(self, coarse, raw_lse, first_tokens):
         groups, rows, count = coarse.shape
-        rank, workspace = torch.full((groups, count), torch.nan), torch.full((groups * rows,), torch.nan)
-        sizes = map(c_int64, coarse.shape)
+        rank, workspace = torch.full((groups, count), torch.nan), torch.full((raw_lse.numel(),), torch.nan)
+        sizes = (c_int64(groups), c_int64(rows), ctypes.byref(_runs(first_tokens, count)))
         self._call("rank_tokens", _pointer(coarse), _pointer(raw_lse), *sizes, _pointer(workspace), _pointer(rank))
         return rank
 
-    def unread_mass(self, scores, slope, read):
-        found = tuple(torch.full(scores.coarse.shape[:2], torch.nan) for _ in range(2))
+    def unread_mass(self, scores, slope, read, first_blocks):
+        groups, rows, count, size = scores.coarse.shape
+        found = tuple(torch.full((len(first_blocks) - 1, groups, rows), torch.nan) for _ in range(2))
         fields = map(_pointer, (scores.spread, scores.radius, read))
-        self._call(
-            "unread_mass",
-            _pointer(scores.coarse),
-            c_float(slope),
-            *fields,
-            *map(c_int64, scores.coarse.shape),
-            *map(_pointer, found),
-        )
+        sizes = (c_int64(groups), c_int64(rows), ctypes.byref(_runs(first_blocks, count)), c_int64(size))
+        front = (_pointer(scores.coarse), c_float(slope), *fields)
+        self._call("unread_mass", *front, *sizes, *map(_pointer, found))
         return found
 
-    def select_topk(self, scores, best):
+    def select_topk(self, scores, first_tokens, first_chosen, total_chosen):
         groups, count = scores.shape
-        indices = torch.full((groups, best), -1)
-        sizes = (c_int64(groups), c_int64(count), c_int64(best))
-        self._call("select_topk", _pointer(scores), *sizes, _pointer(indices))
+        indices = torch.full((groups, total_chosen), -1)
+        lists = (ctypes.byref(_runs(first_tokens, count)), ctypes.byref(_runs(first_chosen, total_chosen)))
+        self._call("select_topk", _pointer(scores), c_int64(groups), *lists, _pointer(indices))
         return indices
+
+    def select_mass(self, order, if_unread, if_read, raw_lse, first_tokens, epsilon):
+        groups, rows, count = if_read.shape
+        read = torch.full((groups, count), 0xA5, dtype=torch.uint8)
+        workspace = torch.full((raw_lse.numel(),), 1 << 30, dtype=torch.int32)
+        logits = map(_pointer, (order, if_unread, if_read, raw_lse))
+        sizes = (c_int64(groups), c_int64(rows), ctypes.byref(_runs(first_tokens, count)), c_float(epsilon))
+        self._call("select_mass", *logits, *sizes, _pointer(workspace), _pointer(read))
+        assert (read < 2).all()
+        return read.bool()
 
     def prefetch(self, rows, block_ids):
         row_bytes = rows[0].numel() * rows.element_size()

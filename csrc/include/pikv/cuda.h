@@ -28,13 +28,28 @@ struct Blocks {
   int64_t block_bytes, head_bytes;
 };
 
-// The tokens that attention goes to; what is not said is null. Whole blocks ids [count], where several requests attend
-// those of request i at ids[first_blocks[i], first_blocks[i + 1]); key_positions [count, B] and query_positions [R].
-// With offsets single tokens, of every KV head its own: ids, offsets and read [G, count].
+// A packed list of `count` entries: request i has those from first[i] up to first[i + 1]. In device memory, as all
+// lists are.
+struct Runs {
+  const int64_t* first;
+  int64_t requests, count;
+};
+
+// Raw tokens outside pools, in a buffer of slots whose KV heads' rows follow each other: request i has the tokens from
+// first[i] up to last[i] of slots[i]. The rows from one slot, and one KV head, to the next, of keys and of values alike.
+// Without slots one request has all tokens of one slot.
+struct Windows {
+  const int64_t *slots, *first, *last;
+  int64_t slot_rows, head_rows;
+};
+
+// The tokens that attention goes to; what is not said is null. Whole blocks ids [count], where there are several
+// requests those of request i from first[i] on; key_positions [count, B] and query_positions [R]. With offsets single
+// tokens, of every KV head its own: ids, offsets and read [G, count].
 struct Places {
   const int64_t* ids;
   int64_t count;
-  const int64_t *first_blocks, *offsets;
+  const int64_t *first, *offsets;
   const bool* read;
   const int64_t *key_positions, *query_positions;
 };
@@ -63,25 +78,30 @@ int pikv_cuda_attend_blocks(const float* q, int64_t rows, float softmax_scale, c
                             const int64_t* query_positions, int splits, float* workspace, float* out, float* lse,
                             void* stream);
 
-// The same for several requests, each over its own blocks: q [requests, G, R, D]; request i has ids[first_blocks[i],
-// first_blocks[i + 1]). out [requests, G, R, E], lse [requests, G, R].
-int pikv_cuda_attend_ragged(const float* q, int64_t requests, int64_t rows, float softmax_scale, const Keys* keys,
-                            const Values* values, const int64_t* ids, const int64_t* first_blocks, int splits,
-                            float* workspace, float* out, float* lse, void* stream);
+// The same for several requests, each over its own blocks: q [requests, G, R, D], out [requests, G, R, E], lse
+// [requests, G, R].
+int pikv_cuda_attend_ragged(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const Values* values,
+                            const int64_t* ids, const Runs* blocks, int splits, float* workspace, float* out,
+                            float* lse, void* stream);
 
-// The same over raw keys [G, S, D] and values [G, S, E] outside pools, S the block_size that keys and values say, KV
-// heads `head_rows` rows apart; key_positions [S] and query_positions [R] may be null.
+// The same over each request's raw tokens, in slots of block_size tokens, which keys and values say.
+int pikv_cuda_attend_windows(const float* q, int64_t requests, int64_t rows, float softmax_scale, const Keys* keys,
+                             const Values* values, const Windows* windows, int splits, float* workspace, float* out,
+                             float* lse, void* stream);
+
+// Of one request over raw keys [G, S, D] and values [G, S, E] outside pools, S the block_size that keys and values say,
+// KV heads `head_rows` rows apart; key_positions [S] and query_positions [R] may be null.
 int pikv_cuda_attend_at(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const Values* values,
                         int64_t head_rows, const int64_t* key_positions, const int64_t* query_positions, int splits,
                         float* workspace, float* out, float* lse, void* stream);
 
-// The same over single tokens ids, offsets [G, count]; read [G, count] may be null.
+// Of several requests over single tokens ids, offsets [G, count]; read [G, count] may be null.
 int pikv_cuda_attend_tokens(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const Values* values,
-                            const int64_t* ids, const int64_t* offsets, const bool* read, int64_t count, int splits,
-                            float* workspace, float* out, float* lse, void* stream);
+                            const int64_t* ids, const int64_t* offsets, const bool* read, const Runs* tokens,
+                            int splits, float* workspace, float* out, float* lse, void* stream);
 
 // attend_blocks, attend_ragged and attend_tokens where keys, values or both have a low-rank part; of keys with
-// `projected`, see project_queries. q [requests, G, R, D], one request but where first_blocks says more.
+// `projected`, see project_queries. q [requests, G, R, D].
 int pikv_cuda_attend_low_rank(const float* q, int64_t requests, int64_t rows, float softmax_scale, const Keys* keys,
                               const Values* values, const Places* places, int splits, float* workspace, float* out,
                               float* lse, void* stream);
@@ -90,16 +110,17 @@ int pikv_cuda_attend_low_rank(const float* q, int64_t requests, int64_t rows, fl
 int pikv_cuda_merge_partials(const float* outs, const float* lses, int64_t parts, int64_t rows, int64_t dim, float* out,
                              float* lse, void* stream);
 
-// Logits from the high plane of blocks ids [count], or [G, count] where per_head: coarse [G, R, count, B], radius and
-// spread [G, R, count].
+// Logits from the high plane of blocks ids [count], or [G, count] where per_head, with the rows of their requests in q
+// [requests, G, R, D]: coarse [G, R, count, B], radius and spread [G, R, count].
 int pikv_cuda_score_tokens(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const int64_t* ids,
-                           bool per_head, int64_t count, float* coarse, float* radius, float* spread, void* stream);
+                           bool per_head, const Runs* blocks, float* coarse, float* radius, float* spread,
+                           void* stream);
 
 // Logits of blocks ids [count] from whole keys: logits [G, R, count * B].
 int pikv_cuda_key_logits(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const int64_t* ids,
-                         int64_t count, float* logits, void* stream);
+                         const Runs* blocks, float* logits, void* stream);
 // Adds to these what keys->low_rank adds to the keys, with `projected` as project_queries makes it.
-int pikv_cuda_low_rank_logits(int64_t rows, const Keys* keys, const int64_t* ids, int64_t count, float* logits,
+int pikv_cuda_low_rank_logits(int64_t rows, const Keys* keys, const int64_t* ids, const Runs* blocks, float* logits,
                               void* stream);
 // Of q [requests, G, R, D] what the launchers want as `projected` of the keys' part: softmax_scale * q B^T of every
 // basis, [bases, G, requests * R, rank].
@@ -109,35 +130,50 @@ int pikv_cuda_project_queries(const float* q, int64_t requests, int64_t rows, fl
 // What bounds say of blocks ids [count]: bound, centre, spread [G, R, count]. Of keys: scale, zero, the bits, groups,
 // dim.
 int pikv_cuda_score_blocks(const float* q, int64_t rows, float softmax_scale, const Keys* keys, const int64_t* ids,
-                           int64_t count, float* bound, float* centre, float* spread, void* stream);
+                           const Runs* blocks, float* bound, float* centre, float* spread, void* stream);
 
-// Attention that tokens of blocks ids [count] receive, given lse [G, R]: importance [count, B].
+// Attention that tokens of blocks ids [count] receive from the rows of their requests, given lse [requests, G, R]:
+// importance [count, B].
 int pikv_cuda_token_importance(const float* q, const float* lse, int64_t rows, float softmax_scale, const Keys* keys,
-                               const int64_t* ids, int64_t count, float* importance, void* stream);
+                               const int64_t* ids, const Runs* blocks, float* importance, void* stream);
 
-// The same for raw keys [G, S, D] outside pools (see attend_at), whose newest query_tokens are the queries' own; rows
+// The same for each request's raw tokens (see attend_windows): importance [requests, C], C the block_size that keys say,
+// 0 where a request has none.
+int pikv_cuda_window_importance(const float* q, const float* lse, int64_t requests, int64_t rows, float softmax_scale,
+                                const Keys* keys, const Windows* windows, float* importance, void* stream);
+
+// The same for one request's raw keys [G, S, D] (see attend_at), whose newest query_tokens are the queries' own; rows
 // are heads times query_tokens: importance [S].
-int pikv_cuda_window_importance(const float* q, const float* lse, int64_t rows, float softmax_scale, const Keys* keys,
+int pikv_cuda_prompt_importance(const float* q, const float* lse, int64_t rows, float softmax_scale, const Keys* keys,
                                 int64_t head_rows, int64_t query_tokens, float* importance, void* stream);
 
-// A token's share of the softmax over coarse [G, R, count] and what raw_lse [G, R] stands for, summed over rows: rank
-// [G, count]. workspace: G * R floats.
-int pikv_cuda_rank_tokens(const float* coarse, const float* raw_lse, int64_t groups, int64_t rows, int64_t count,
+// A token's share of its request's softmax over coarse [G, R, count] and what raw_lse [requests, G, R] stands for,
+// summed over rows: rank [G, count]. workspace: requests * G * R floats.
+int pikv_cuda_rank_tokens(const float* coarse, const float* raw_lse, int64_t groups, int64_t rows, const Runs* tokens,
                           float* workspace, float* rank, void* stream);
 
-// Attention that tokens receive, given their logits [rows, count] of all KV heads and lse [rows]: importance [count].
-int pikv_cuda_logits_importance(const float* logits, const float* lse, int64_t rows, int64_t count, float* importance,
-                                void* stream);
+// Attention that tokens of blocks receive, given their logits [rows, count * B] of all KV heads and lse [requests,
+// rows]: importance [count, B].
+int pikv_cuda_logits_importance(const float* logits, const float* lse, int64_t rows, const Runs* blocks,
+                                int64_t block_size, float* importance, void* stream);
 
-// Log-sum-exp over tokens that are not read [G, blocks * B] of slope * coarse [G, R, blocks, B] plus spread, and of
-// coarse plus radius [G, R, blocks]: by_spread, by_radius [G, R].
+// Log-sum-exp over each request's tokens that are not read [G, count * B] of slope * coarse [G, R, count, B] plus
+// spread, and of coarse plus radius [G, R, count]: by_spread, by_radius [requests, G, R].
 int pikv_cuda_unread_mass(const float* coarse, float slope, const float* spread, const float* radius, const bool* read,
-                          int64_t groups, int64_t rows, int64_t blocks, int64_t block_size, float* by_spread,
+                          int64_t groups, int64_t rows, const Runs* blocks, int64_t block_size, float* by_spread,
                           float* by_radius, void* stream);
 
-// The `best` largest of scores [G, count] (no NaN) per KV head, the first of equals: indices [G, best], ascending.
-int pikv_cuda_select_topk(const float* scores, int64_t groups, int64_t count, int64_t best, int64_t* indices,
+// The largest of each request's scores [G, count] (no NaN) per KV head, the first of equals, as many as `chosen` says:
+// their places in the list, indices [G, chosen->count], ascending.
+int pikv_cuda_select_topk(const float* scores, int64_t groups, const Runs* tokens, const Runs* chosen, int64_t* indices,
                           void* stream);
+
+// Which tokens are read until no row of a KV head misses more than epsilon: order [G, count] has the places of each
+// request's tokens, the best first; if_unread, if_read [G, R, count] their logits; raw_lse [requests, G, R] of what is
+// read anyway. read [G, count]. workspace: requests * G * R numbers.
+int pikv_cuda_select_mass(const int64_t* order, const float* if_unread, const float* if_read, const float* raw_lse,
+                          int64_t groups, int64_t rows, const Runs* tokens, float epsilon, int32_t* workspace,
+                          bool* read, void* stream);
 
 // Asks for rows ids [count] of `row_bytes` bytes each to be brought into L2.
 int pikv_cuda_prefetch(const void* base, int64_t row_bytes, const int64_t* ids, int64_t count, void* stream);

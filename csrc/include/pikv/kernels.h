@@ -91,11 +91,11 @@ struct CpuKernels {
                      const int64_t* query_positions, Partial partial);
 
   // Adds tokens of blocks ids[0, blocks) of one KV head to its partial, the highest ranks first, until no row misses
-  // more than epsilon of its softmax. An unread token's logit is slope * coarse [R, blocks, B] + extra [R, blocks];
-  // raw_lse [R] of what is read anyway. read [blocks, B] says which were read; returns how many.
+  // more than epsilon of its softmax. An unread token's logit is slope * coarse [R, blocks, B] + extra [R, blocks], rows
+  // `stride` blocks apart; raw_lse [R] of what is read anyway. read [blocks, B] says which were read; returns how many.
   int64_t (*attend_mass)(const float* q, int64_t rows, const Keys& keys, const Values& values, const int64_t* ids,
                          int64_t blocks, int64_t head, const float* coarse, float slope, const float* extra,
-                         const float* raw_lse, double epsilon, bool* read, Partial partial);
+                         int64_t stride, const float* raw_lse, double epsilon, bool* read, Partial partial);
 
   // Logits of blocks ids[0, count) of one KV head from the high plane: coarse [R, count, B], radius and spread [R,
   // count], rows `stride` blocks apart. q [R, padded(D)], softmax scale folded in.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -42,9 +43,9 @@ def select_topk(scores: Tensor, first_tokens: Tensor, first_chosen: Tensor, tota
     """
     parts = []
     has, chooses = runs(first_tokens, scores.shape[1]), runs(first_chosen, total_chosen)
-    for (a, b), (first, last) in zip(has, chooses, strict=True):
+    for i, ((a, b), (first, last)) in enumerate(zip(has, chooses, strict=True)):
         if last - first > b - a:
-            raise ValueError(f"first_chosen: expected at most {b - a} of a request's tokens, got {last - first}")
+            raise ValueError(f"first_chosen: expected at most {b - a} for request {i}, got {last - first}")
         best = scores[:, a:b].sort(dim=-1, descending=True, stable=True).indices[:, : last - first]
         parts.append(best.sort(dim=-1).values + a)
     return torch.cat(parts, -1)
@@ -98,44 +99,68 @@ def attend_mass(
     Returns: one partial per pool, and who was read of it: [G, T * B] bool.
     """
     logits = [key_logits(q, keys, ids, first, softmax_scale) for keys, _, ids, first in stored]
-    order, first_tokens = request_major([(s.coarse.shape[2:], pool[3]) for s, pool in zip(scores, stored, strict=True)])
-    coarse, if_unread, if_read = (
-        torch.cat(parts, -1)[..., order]
-        for parts in ([s.coarse.flatten(2) for s in scores], [_logits(s, slope).flatten(2) for s in scores], logits)
-    )
-    rank = rank_tokens(coarse, raw_lse, first_tokens)
-    chosen = select_mass(in_rank_order(rank, first_tokens), if_unread, if_read, raw_lse, first_tokens, epsilon)
-    read = torch.empty_like(chosen).index_copy_(1, order, chosen).split([x.shape[-1] for x in logits], -1)
+    reads = read_until_enough(stored, scores, slope, logits, raw_lse, epsilon, rank_tokens, select_mass)
     partials = []
-    for (_, values, ids, first), score, x, mine in zip(stored, scores, logits, read, strict=True):
+    for (_, values, ids, first), score, x, read in zip(stored, scores, logits, reads, strict=True):
         size = score.coarse.shape[3]
         parts = [
-            attend_masked(x[..., a * size : b * size], mine[:, a * size : b * size], values, ids[a:b])
+            attend_masked(x[..., a * size : b * size], read[:, a * size : b * size], values, ids[a:b])
             for a, b in runs(first, len(ids))
         ]
         partials.append(Partial(*(torch.stack(part) for part in zip(*parts, strict=True))))
-    return partials, list(read)
+    return partials, reads
 
 
-def request_major(pools: list[tuple[torch.Size, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The order in which tokens of several pools, one pool after another, are each request's together, and where each
-    request's begin. Waits for no device.
+def read_until_enough(
+    stored: list[tuple[Keys, Values, Tensor, Tensor]],
+    scores: list[TokenScores],
+    slope: float | None,
+    logits: list[Tensor],
+    raw_lse: Tensor,
+    epsilon: float,
+    rank_tokens: Callable[..., Tensor],
+    select_mass: Callable[..., Tensor],
+) -> list[Tensor]:
+    """Which tokens attend_mass reads of each pool, where the logits of all of them are known: [G, T * B] bool.
+
+    Waits for no device where the two ops do not.
+    """
+    if_unread = [_logits(s, slope).flatten(2) for s in scores]
+    coarse, at_most, true = (torch.cat(x, -1) for x in ([s.coarse.flatten(2) for s in scores], if_unread, logits))
+    firsts = [first * s.coarse.shape[3] for s, (*_, first) in zip(scores, stored, strict=True)]
+    if len(stored) == 1:
+        rank = rank_tokens(coarse, raw_lse, firsts[0])
+        return [select_mass(in_rank_order(rank, firsts[0]), at_most, true, raw_lse, firsts[0], epsilon)]
+    together, first_tokens = request_major([x.shape[-1] for x in logits], firsts)
+    rank = rank_tokens(coarse[..., together], raw_lse, first_tokens)
+    order = together[in_rank_order(rank, first_tokens)]
+    return list(
+        select_mass(order, at_most, true, raw_lse, first_tokens, epsilon).split([x.shape[-1] for x in logits], -1)
+    )
+
+
+def request_major(totals: list[int], firsts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The order in which the tokens of several pools, one pool after another, are each request's together, and where
+    each request's begin: [N] and [n + 1] int64. Waits for no device.
 
     Args:
-        pools: each pool's (T, B) and where each request's blocks begin in it, [n + 1].
-
-    Returns: order [N] and first_tokens [n + 1], int64.
+        totals: each pool's tokens. firsts: [n + 1], where each request's begin in it.
     """
-    places = [torch.arange(blocks * size, device=first.device) // size for (blocks, size), first in pools]
-    requests = [torch.bucketize(at, first[1:], right=True) for at, (_, first) in zip(places, pools, strict=True)]
-    return torch.cat(requests).argsort(stable=True), torch.stack([first * size for (_, size), first in pools]).sum(0)
+    requests = [requests_of(total, first) for total, first in zip(totals, firsts, strict=True)]
+    return torch.cat(requests).argsort(stable=True), torch.stack(firsts).sum(0)
+
+
+def requests_of(total: int, first: Tensor) -> Tensor:
+    """Whose each entry of a packed list is: [total] int64, from first [n + 1]. Waits for no device."""
+    return torch.bucketize(torch.arange(total, device=first.device), first[1:], right=True)
 
 
 def in_rank_order(rank: Tensor, first_tokens: Tensor) -> Tensor:
     """Places in N of each request's tokens, the best first and the first of equals: [G, N]. Waits for no device."""
-    requests = torch.bucketize(torch.arange(rank.shape[1], device=rank.device), first_tokens[1:], right=True)
     best = rank.sort(dim=-1, descending=True, stable=True).indices
-    return best.gather(1, requests[best].sort(dim=-1, stable=True).indices)
+    if len(first_tokens) == 2:
+        return best
+    return best.gather(1, requests_of(rank.shape[1], first_tokens)[best].sort(dim=-1, stable=True).indices)
 
 
 def select_mass(
@@ -144,8 +169,9 @@ def select_mass(
     """Which tokens attend_mass reads, where all their logits are known: [G, N] bool.
 
     Args:
-        order: [G, N], the places of each request's tokens, the best first. if_unread, if_read: [G, R, N], logits of a
-            token that is not read, and of one that is. The rest as in attend_mass and rank_tokens.
+        order: [G, N], places in N: each request's tokens, the best first. first_tokens: where each request's begin in
+            it. if_unread, if_read: [G, R, N], logits of a token that is not read, and of one that is. The rest as in
+            attend_mass.
     """
     read = torch.zeros_like(order, dtype=torch.bool)
     for raw, (a, b) in zip(raw_lse, runs(first_tokens, order.shape[1]), strict=True):

@@ -5,7 +5,7 @@
 
 namespace {
 
-enum class Over { kBlocks, kRagged, kTokens };
+enum class Over { kBlocks, kRagged, kTokens, kRaggedTokens };
 
 struct Shape {
   int64_t groups, rows, block_size, dim, value_dim;
@@ -36,8 +36,8 @@ void run(const Shape& s) {
     return rank ? std::make_unique<harness::StoredPart>(s.groups, s.block_size, channels, rank, s.bases) : nullptr;
   };
   const auto of_keys = part_of(s.dim, s.rank_k), of_values = part_of(s.value_dim, s.rank_v);
-  const bool tokens = s.over == Over::kTokens, causal = s.over == Over::kBlocks;
-  const int64_t requests = s.over == Over::kRagged ? 3 : 1, listed = tokens ? s.groups * s.count : s.count;
+  const bool tokens = s.over == Over::kTokens || s.over == Over::kRaggedTokens, causal = s.over == Over::kBlocks;
+  const int64_t requests = s.over == Over::kRagged || s.over == Over::kRaggedTokens ? 3 : 1, listed = tokens ? s.groups * s.count : s.count;
   const float scale = 0.05f;
   const std::vector<float> q = harness::numbers(requests * s.groups * s.rows * s.dim);
   const std::vector<int64_t> first{0, s.count / 3, s.count / 3, s.count},
@@ -87,7 +87,7 @@ void run(const Shape& s) {
   }
   if (of_values) stored_values.low_rank = &of_values->part;
   pikv::cuda::Places places{.ids = ids.data(), .count = s.count};
-  if (requests > 1) places.first_blocks = first.data();
+  if (requests > 1) places.first = first.data();
   if (tokens) places.offsets = offsets.data(), places.read = read.get();
   if (causal) places.key_positions = key_positions.data(), places.query_positions = query_positions.data();
   const int64_t rows = requests * s.groups * s.rows;
@@ -107,6 +107,6 @@ void harness::cases() {
   run({2, 5, 16, 64, 80, 4, 4, 8, 16, 5, 3, Over::kBlocks, 17, 2});
   run({2, 1, 32, 80, 48, 2, 2, 4, 1, 33, 2, Over::kRagged, 13, 3});
   run({2, 3, 16, 96, 144, 0, 0, 0, 0, 16, 4, Over::kTokens, 300, 1});
-  run({1, 2, 64, 64, 64, 2, 0, 2, 64, 0, 2, Over::kTokens, 200, 1});
+  run({1, 2, 64, 64, 64, 2, 0, 2, 64, 0, 2, Over::kRaggedTokens, 200, 1});
   run({1, 1, 16, 64, 64, 4, 4, 8, 8, 8, 1, Over::kTokens, 3, 4});
 }

@@ -7,7 +7,7 @@ namespace {
 struct Shape {
   int64_t groups, rows, block_size, dim, value_dim;
   int hi_bits, lo_bits, bits;
-  int64_t count;
+  std::vector<int64_t> lengths;
   int splits;
   bool masked;
 };
@@ -15,28 +15,28 @@ struct Shape {
 void run(const Shape& s) {
   const harness::StoredKeys keys(s.groups, s.block_size, s.dim, s.hi_bits, s.lo_bits);
   const harness::StoredValues values(s.groups, s.block_size, s.value_dim, s.bits);
-  const std::vector<float> q = harness::numbers(s.groups * s.rows * s.dim);
-  const std::vector<int64_t> ids = harness::indices(s.groups * s.count, harness::kBlocks);
-  const std::vector<int64_t> offsets = harness::indices(s.groups * s.count, s.block_size),
-                             chosen = harness::indices(s.groups * s.count, 2);
+  const harness::List tokens(s.lengths);
+  const int64_t count = tokens.count(), rows = tokens.requests() * s.groups * s.rows;
+  const std::vector<float> q = harness::numbers(rows * s.dim);
+  const std::vector<int64_t> ids = harness::indices(s.groups * count, harness::kBlocks);
+  const std::vector<int64_t> offsets = harness::indices(s.groups * count, s.block_size),
+                             chosen = harness::indices(s.groups * count, 2);
   const auto read = std::make_unique<bool[]>(chosen.size());
   for (size_t i = 0; i < chosen.size(); ++i) read[i] = chosen[i] != 0;
   const float scale = 0.05f;
-  harness::Softmax expected(s.groups * s.rows, s.value_dim);
-  for (int64_t head = 0; head < s.groups; ++head) {
-    const std::vector<float> its(q.begin() + head * s.rows * s.dim, q.begin() + (head + 1) * s.rows * s.dim);
-    pikv::scalar_kernels()->attend_tokens(harness::padded_queries(its, s.rows, s.dim, scale).data(), s.rows, keys.keys,
-                                          values.values, ids.data() + head * s.count, offsets.data() + head * s.count,
-                                          s.masked ? read.get() + head * s.count : nullptr, s.count, head,
-                                          expected.from(head * s.rows));
+  harness::Softmax expected(rows, s.value_dim);
+  for (int64_t i = 0; i < tokens.requests() * s.groups; ++i) {
+    const int64_t request = i / s.groups, head = i % s.groups, at = head * count + tokens.begin(request);
+    pikv::scalar_kernels()->attend_tokens(
+        harness::padded_queries(q.data() + i * s.rows * s.dim, s.rows, s.dim, scale).data(), s.rows, keys.keys,
+        values.values, ids.data() + at, offsets.data() + at, s.masked ? read.get() + at : nullptr,
+        tokens.length(request), head, expected.from(i * s.rows));
   }
   expected.finish();
-  std::vector<float> out = harness::unwritten(s.groups * s.rows * s.value_dim),
-                     lse = harness::unwritten(s.groups * s.rows);
-  std::vector<float> workspace =
-      harness::unwritten(pikv::cuda::attend_workspace(s.groups * s.rows, s.value_dim, s.splits));
+  std::vector<float> out = harness::unwritten(rows * s.value_dim), lse = harness::unwritten(rows);
+  std::vector<float> workspace = harness::unwritten(pikv::cuda::attend_workspace(rows, s.value_dim, s.splits));
   harness::launched(pikv::cuda::pikv_cuda_attend_tokens(q.data(), s.rows, scale, &keys.keys, &values.values, ids.data(),
-                                                        offsets.data(), s.masked ? read.get() : nullptr, s.count,
+                                                        offsets.data(), s.masked ? read.get() : nullptr, &tokens.runs,
                                                         s.splits, workspace.data(), out.data(), lse.data(), nullptr));
   harness::near("out", out, expected.out, 1e-5f);
   harness::near("lse", lse, expected.lse, 1e-5f);
@@ -53,7 +53,7 @@ void harness::cases() {
        .hi_bits = 4,
        .lo_bits = 4,
        .bits = 8,
-       .count = 300,
+       .lengths = {300},
        .splits = 2,
        .masked = false});
   run({.groups = 1,
@@ -64,7 +64,7 @@ void harness::cases() {
        .hi_bits = 0,
        .lo_bits = 0,
        .bits = 0,
-       .count = 77,
+       .lengths = {40, 0, 37},
        .splits = 1,
        .masked = true});
 }

@@ -172,11 +172,14 @@ std::vector<float> StoredPart::projected(const std::vector<float>& q, int64_t re
 }
 
 std::vector<float> padded_queries(const std::vector<float>& q, int64_t rows, int64_t dim, float scale) {
+  return padded_queries(q.data(), rows, dim, scale);
+}
+std::vector<float> padded_queries(const float* q, int64_t rows, int64_t dim, float scale) {
   const int64_t width = pikv::padded(dim);
   std::vector<float> to(static_cast<size_t>(rows * width));
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t i = 0; i < dim; ++i)
-      to[static_cast<size_t>(row * width + i)] = q[static_cast<size_t>(row * dim + i)] * scale;
+      to[static_cast<size_t>(row * width + i)] = q[row * dim + i] * scale;
   return to;
 }
 

@@ -38,6 +38,21 @@ std::vector<uint16_t> halves(const std::vector<float>& x);
 // What no kernel writes: NaN.
 std::vector<float> unwritten(int64_t count);
 
+// A packed list of requests with so many entries each.
+struct List {
+  explicit List(const std::vector<int64_t>& lengths) {
+    for (const int64_t length : lengths) first.push_back(first.back() + length);
+    runs = {first.data(), requests(), count()};
+  }
+  List(const List&) = delete;
+  int64_t requests() const { return static_cast<int64_t>(first.size()) - 1; }
+  int64_t count() const { return first.back(); }
+  int64_t begin(int64_t request) const { return first[static_cast<size_t>(request)]; }
+  int64_t length(int64_t request) const { return begin(request + 1) - begin(request); }
+  std::vector<int64_t> first{0};
+  pikv::cuda::Runs runs{};
+};
+
 constexpr int64_t kBlocks = 6;  // of a pool
 
 // A pool of keys, filled; bits 0: raw float32 and a 2-bit index plane.
@@ -80,6 +95,7 @@ struct StoredPart {
 
 // q [rows, dim] times scale, rows padded as the CPU kernels want them.
 std::vector<float> padded_queries(const std::vector<float>& q, int64_t rows, int64_t dim, float scale);
+std::vector<float> padded_queries(const float* q, int64_t rows, int64_t dim, float scale);
 
 // Logits q [rows, dim] . k [tokens, dim] * scale, summed in double: [rows, tokens].
 std::vector<double> products(const float* q, int64_t rows, const std::vector<float>& k, int64_t dim, float scale);
