@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from pikv_megatron.config import ModelConfig, RuntimeConfig, check_same_model, load
-from pikv_megatron.config.io import ConfigError, parse_yaml, read_yaml
+from pikv_megatron.config.io import ConfigError
+from pikv_megatron.config.parse import parse_yaml, read_yaml
 from pikv_megatron.launch.environment import read_launch
 
 ROOT = Path(__file__).resolve().parents[2]
