@@ -56,7 +56,7 @@ class PiKVCache:
         self.compressor = Compressor(self.model, self.runtime)
         self.placement = Placement(self.model, self.runtime)
         self.streamer = Streamer() if streamer is None else streamer
-        check_memory(self.model, self.runtime, self.compressor)
+        check_memory(self.model, self.runtime)
         self.tiers = build_tiers(self.model, self.runtime, self.compressor)
         self.capacity_tokens = capacity_tokens(self.model, self.runtime, self.tiers)
         """Tokens per layer, all requests together, that fit however they are divided: max_tokens, or less where

@@ -91,7 +91,7 @@ class ExpertKVCache:
     def pool(self) -> BlockPool:
         """This shard's own memory, allocated and touched at first use. Raises ConfigError where there is too little."""
         if self._pool is None:
-            check_shard_memory(self.runtime, self.compressor)
+            check_shard_memory(self.model, self.runtime)
             self._pool = build_pool("device", blocks_for(self.runtime), self.runtime, self.compressor)
         return self._pool
 

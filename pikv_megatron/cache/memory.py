@@ -31,29 +31,30 @@ class Share(NamedTuple):
     value: int
 
 
-def check_memory(model: ModelConfig, runtime: RuntimeConfig, compressor: Compressor) -> None:
+def check_memory(model: ModelConfig, runtime: RuntimeConfig) -> None:
     """Checks that a cache's pools and windows fit what is free.
 
     Raises:
         ConfigError: they do not; it names the key that most of the bytes are due to. Also as `tier_blocks`.
     """
-    _check(cache_memory(model, runtime, compressor))
+    _check(cache_memory(model, runtime))
 
 
-def check_shard_memory(runtime: RuntimeConfig, compressor: Compressor) -> None:
+def check_shard_memory(model: ModelConfig, runtime: RuntimeConfig) -> None:
     """Checks that the pool of an ExpertKVCache of its own fits what is free; raises ConfigError."""
-    _check(_pool("runtime.max_tokens", runtime.max_tokens, "device", blocks_for(runtime), runtime, compressor))
+    _check(_pool("runtime.max_tokens", runtime.max_tokens, "device", blocks_for(runtime), model, runtime))
 
 
-def cache_memory(model: ModelConfig, runtime: RuntimeConfig, compressor: Compressor) -> list[Share]:
+def cache_memory(model: ModelConfig, runtime: RuntimeConfig) -> list[Share]:
     """What a PiKVCache of these configs takes when it is made."""
     shares = []
-    for index, (tier, blocks) in enumerate(zip(runtime.tiers, tier_blocks(model, runtime, compressor), strict=True)):
+    counts = tier_blocks(model, runtime, Compressor(model, runtime))
+    for index, (tier, blocks) in enumerate(zip(runtime.tiers, counts, strict=True)):
         if tier.bytes is None:
             key, value = "runtime.max_tokens", runtime.max_tokens
         else:
             key, value = f"runtime.tiers[{index}].bytes", tier.bytes
-        shares += _pool(key, value, tier.kind, blocks, runtime, compressor)
+        shares += _pool(key, value, tier.kind, blocks, model, runtime)
     slot = sum(f.nbytes for i in range(model.num_layers) for f in window_fields(model, runtime, i).values())
     factors = {f"runtime.{name}": getattr(runtime, name) for name in ("max_requests", "window", "sinks", "block_size")}
     factors["model.sliding_windows"] = max(model.sliding_window(i) or 0 for i in range(model.num_layers))
@@ -61,9 +62,9 @@ def cache_memory(model: ModelConfig, runtime: RuntimeConfig, compressor: Compres
     return [*shares, Share(runtime.torch_device, runtime.max_requests * slot, largest, factors[largest])]
 
 
-def _pool(key: str, value: int, kind: str, blocks: int, runtime: RuntimeConfig, compressor: Compressor) -> list[Share]:
+def _pool(key: str, value: int, kind: str, blocks: int, model: ModelConfig, runtime: RuntimeConfig) -> list[Share]:
     return [
-        Share(tier_device(kind, runtime), blocks * block_bytes(runtime, compressor), key, value),
+        Share(tier_device(kind, runtime), blocks * block_bytes(runtime, Compressor(model, runtime)), key, value),
         Share(HOST, blocks * BOOKKEEPING_BYTES, key, value),
     ]
 

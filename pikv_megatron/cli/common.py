@@ -64,12 +64,19 @@ def check_single_rank(what: str) -> None:
 
 
 def set_threads(threads: int | None) -> None:
-    """torch's threads, as --threads says; None: as they are. Raises ValueError below 1."""
+    """torch's threads, as --threads says; None: as they are. Raises ValueError for more than can be started."""
     if threads is None:
         return
-    if threads < 1:
-        raise ValueError(f"--threads: expected at least 1, got {threads}")
+    most = max(64, os.cpu_count() or 1)
+    if not 1 <= threads <= most:
+        raise ValueError(f"--threads: expected 1 .. {most}, got {threads}")
     torch.set_num_threads(threads)
+
+
+def check_seed(seed: int) -> None:
+    """Checks --seed; raises ValueError for what a generator of random numbers does not take."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"--seed: expected 0 .. 2**64 - 1, got {seed}")
 
 
 def megatron_model(

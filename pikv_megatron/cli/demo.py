@@ -23,6 +23,7 @@ from pikv_megatron.cli.common import (
     SMALL_MOE,
     SMALL_MOE_CONFIG,
     bundled,
+    check_seed,
     check_single_rank,
     megatron_model,
     read_config,
@@ -109,6 +110,7 @@ class Row:
 def run(args: argparse.Namespace) -> int:
     """Runs `pikv demo`."""
     check_single_rank("demo")
+    check_seed(args.seed)
     began = time.perf_counter()
     text = load_text(bundled(Path(args.text)))
     papers = documents(
@@ -135,7 +137,7 @@ def _excerpt(document: Document) -> str:
 def ask_all(papers: Sequence[Document], args: argparse.Namespace) -> list[Row]:
     """Every cache's row, the stock one first."""
     longest = max(len(paper.text) + sum(len(f.text) for f in paper.questions) for paper in papers)
-    model_cfg, _ = read_config(args.config)
+    model_cfg, given = read_config(args.config)
     model = megatron_model(args.model, model_cfg, args.threads)
 
     from pikv_megatron.integrations import megatron
@@ -150,7 +152,7 @@ def ask_all(papers: Sequence[Document], args: argparse.Namespace) -> list[Row]:
             bar.set_description(name)
             row, attached, context = Row(name), None, None
             if overrides is not None:
-                sizes = [f"max_tokens={longest}", "max_requests=1"]
+                sizes = [f"max_tokens={max(longest, given.block_size)}", "max_requests=1"]
                 _, runtime = read_config(args.config, [*sizes, *overrides])
                 attached = megatron.attach(model, runtime)
                 context = attached.static_context(1, longest)

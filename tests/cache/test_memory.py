@@ -29,7 +29,7 @@ CONFIGS = {
 def test_the_sum_is_what_a_cache_takes(name):
     model, runtime = model_config(**CONFIGS[name][0]), runtime_config(**CONFIGS[name][1])
     cache = PiKVCache(model, runtime)
-    foreseen = sum(share.nbytes for share in cache_memory(model, runtime, cache.compressor))
+    foreseen = sum(share.nbytes for share in cache_memory(model, runtime))
     lists = BOOKKEEPING_BYTES * sum(pool.num_blocks for pool in cache.tiers)
     assert foreseen - lists == cache.stats()["bytes_allocated"]
 
