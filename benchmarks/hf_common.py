@@ -30,13 +30,15 @@ def smollm2() -> tuple[Any, Any]:
     assert spec is not None and spec.origin is not None
     folder = Path(spec.origin).parent
     gguf = next(folder.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, gguf_file=gguf, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, trust_remote_code=False, gguf_file=gguf)
 
 
 def small_moe() -> Any:
     """The small MoE in float32. A token is a byte."""
-    return AutoModelForCausalLM.from_pretrained(ROOT / "assets/small_moe", dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        ROOT / "assets/small_moe", trust_remote_code=False, dtype=torch.float32
+    ).eval()
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import re
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -94,10 +95,15 @@ def load_text(path: str | Path) -> bytes:
     """The bytes of a text file, or of a gzip'ed one where the name ends in .gz.
 
     Raises:
-        ValueError: the file is empty.
+        ValueError: the file is empty, or not a whole gzip file.
     """
     path = Path(path)
-    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    text = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            text = gzip.decompress(text)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: expected a whole gzip file: {error}") from error
     if not text:
         raise ValueError(f"{path}: the file is empty, expected text")
     return text

@@ -17,6 +17,7 @@ from pikv_megatron.cache import checks, labels
 from pikv_megatron.cache.attention import Attended, Attention
 from pikv_megatron.cache.expert_cache import ExpertKVCache
 from pikv_megatron.cache.layout import gather_decoded, group_rows, ungroup
+from pikv_megatron.cache.memory import check_memory
 from pikv_megatron.cache.requests import Request, Requests
 from pikv_megatron.cache.results import AttendResult, Retrieved
 from pikv_megatron.cache.sealing import LayerState, Sealer
@@ -38,7 +39,7 @@ class PiKVCache:
         streamer: told of every sealed block and every released request; None: one that is off.
 
     Raises:
-        ConfigError: a config that cannot be used, naming the key.
+        ConfigError: a config that cannot be used, or for which there is not enough free memory, naming the key.
 
     All methods are for one thread, and no gradient flows through them. Requests are ints of the caller's choosing; the
     first append creates one, `release` ends it.
@@ -55,6 +56,7 @@ class PiKVCache:
         self.compressor = Compressor(self.model, self.runtime)
         self.placement = Placement(self.model, self.runtime)
         self.streamer = Streamer() if streamer is None else streamer
+        check_memory(self.model, self.runtime)
         self.tiers = build_tiers(self.model, self.runtime, self.compressor)
         self.capacity_tokens = capacity_tokens(self.model, self.runtime, self.tiers)
         """Tokens per layer, all requests together, that fit however they are divided: max_tokens, or less where

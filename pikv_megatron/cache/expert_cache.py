@@ -23,6 +23,7 @@ from pikv_megatron.cache.checks import (
     check_tensor,
 )
 from pikv_megatron.cache.layout import gather_decoded, group_rows, ungroup
+from pikv_megatron.cache.memory import check_shard_memory
 from pikv_megatron.codecs.compressor import LARGEST, Compressor
 from pikv_megatron.tiers.blocks import BlockPool, BlockTable, keeps_tensors
 from pikv_megatron.tiers.tiers import blocks_for, build_pool, resident
@@ -88,8 +89,9 @@ class ExpertKVCache:
     @property
     @keeps_tensors
     def pool(self) -> BlockPool:
-        """This shard's own memory, allocated and touched at first use."""
+        """This shard's own memory, allocated and touched at first use. Raises ConfigError where there is too little."""
         if self._pool is None:
+            check_shard_memory(self.model, self.runtime)
             self._pool = build_pool("device", blocks_for(self.runtime), self.runtime, self.compressor)
         return self._pool
 

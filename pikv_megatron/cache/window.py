@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pikv_megatron.config import ModelConfig, RuntimeConfig
+from pikv_megatron.tiers.blocks import Field
 
 
 class RawTokens(NamedTuple):
@@ -76,6 +77,28 @@ def raw_positions(tokens: int, sinks: int, sealed_end: int, device: torch.device
     return torch.where(places < sinks, places, places - sinks + sealed_end)
 
 
+def window_capacity(model: ModelConfig, runtime: RuntimeConfig, layer_id: int) -> int:
+    """Raw tokens that a request has room for in a layer's buffer."""
+    sliding = model.sliding_window(layer_id)
+    reach = runtime.window + (runtime.sinks if sliding is None else sliding)
+    return reach + runtime.block_size
+
+
+def window_fields(model: ModelConfig, runtime: RuntimeConfig, layer_id: int) -> dict[str, Field]:
+    """Name, shape and dtype of each tensor of one request's slot in a layer's buffer."""
+    capacity, groups = window_capacity(model, runtime, layer_id), model.num_query_groups
+    topk = model.topk if model.num_experts else 1
+    fields = {
+        "k": Field((groups, capacity, model.head_dim), model.torch_dtype),
+        "v": Field((groups, capacity, model.value_dim), model.torch_dtype),
+        "expert_ids": Field((capacity, topk), torch.int64),
+        "weights": Field((capacity, topk), torch.float32),
+    }
+    if runtime.budget.policy != "none" and model.sliding_window(layer_id) is None:
+        fields["importance"] = Field((capacity,), torch.float32)
+    return fields
+
+
 class WindowBuffer:
     """Raw-token memory of one layer: a slot per live request.
 
@@ -84,19 +107,16 @@ class WindowBuffer:
     """
 
     def __init__(self, model: ModelConfig, runtime: RuntimeConfig, layer_id: int) -> None:
-        device, slots = runtime.torch_device, runtime.max_requests
         self.sliding = model.sliding_window(layer_id)
         self.sinks = runtime.sinks if self.sliding is None else 0
-        self._window, self._block_size = runtime.window + (self.sliding or 0), runtime.block_size
-        self.capacity = self.sinks + self._window + self._block_size
-        shape = (slots, model.num_query_groups, self.capacity)
-        self.k = torch.zeros(*shape, model.head_dim, dtype=model.torch_dtype, device=device)
-        self.v = torch.zeros(*shape, model.value_dim, dtype=model.torch_dtype, device=device)
-        topk = model.topk if model.num_experts else 1
-        self.expert_ids = torch.zeros(slots, self.capacity, topk, dtype=torch.int64, device=device)
-        self.weights = torch.zeros(slots, self.capacity, topk, device=device)
-        keep_importance = runtime.budget.policy != "none" and self.sliding is None
-        self.importance = torch.zeros(slots, self.capacity, device=device) if keep_importance else None
+        self.capacity, self._block_size = window_capacity(model, runtime, layer_id), runtime.block_size
+        self._window = self.capacity - self.sinks - self._block_size
+        slots = {
+            name: torch.zeros(runtime.max_requests, *field.shape, dtype=field.dtype, device=runtime.torch_device)
+            for name, field in window_fields(model, runtime, layer_id).items()
+        }
+        self.k, self.v, self.importance = slots["k"], slots["v"], slots.get("importance")
+        self.expert_ids, self.weights = slots["expert_ids"], slots["weights"]
 
     @property
     def tensors(self) -> dict[str, Tensor]:

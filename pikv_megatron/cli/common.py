@@ -15,7 +15,8 @@ from torch import nn
 from pikv_megatron import ops  # noqa: F401 - so that what keeps them from loading is said before anything is done
 from pikv_megatron.cli.files import bundled
 from pikv_megatron.config import ModelConfig, RuntimeConfig, check_same_model, load
-from pikv_megatron.config.io import ConfigError, parse_yaml, read_yaml
+from pikv_megatron.config.io import ConfigError
+from pikv_megatron.config.parse import parse_yaml, read_yaml
 from pikv_megatron.launch.environment import read_launch
 
 SMALL_MOE = bundled("assets/small_moe")
@@ -57,12 +58,19 @@ def check_single_rank(what: str) -> None:
 
 
 def set_threads(threads: int | None) -> None:
-    """torch's threads, as --threads says; None: as they are. Raises ValueError below 1."""
+    """torch's threads, as --threads says; None: as they are. Raises ValueError for more than can be started."""
     if threads is None:
         return
-    if threads < 1:
-        raise ValueError(f"--threads: expected at least 1, got {threads}")
+    most = max(64, os.cpu_count() or 1)
+    if not 1 <= threads <= most:
+        raise ValueError(f"--threads: expected 1 .. {most}, got {threads}")
     torch.set_num_threads(threads)
+
+
+def check_seed(seed: int) -> None:
+    """Checks --seed; raises ValueError for what a generator of random numbers does not take."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"--seed: expected 0 .. 2**64 - 1, got {seed}")
 
 
 def megatron_model(

@@ -23,6 +23,8 @@ from pikv_megatron.cli.common import (
     HELD_OUT_TEXT,
     SMALL_MOE,
     SMALL_MOE_CONFIG,
+    bundled,
+    check_seed,
     check_single_rank,
     megatron_model,
     read_config,
@@ -115,6 +117,7 @@ class Row:
 def run(args: argparse.Namespace) -> int:
     """Runs `pikv demo`."""
     check_single_rank("demo")
+    check_seed(args.seed)
     began = time.perf_counter()
     text = load_text(Path(args.text))
     papers = documents(
@@ -148,8 +151,8 @@ def _excerpt(document: Document) -> str:
 def ask_all(papers: Sequence[Document], args: argparse.Namespace) -> list[Row]:
     """Every cache's row, the stock one first."""
     longest = max(len(paper.text) + sum(len(f.text) for f in paper.questions) for paper in papers)
-    model_cfg, _ = read_config(args.config)
-    model = megatron_model(checkpoint_folder(args.model), model_cfg, args.threads)
+    model_cfg, given = read_config(args.config)
+    model = megatron_model(args.model, model_cfg, args.threads)
 
     from pikv_megatron.integrations import megatron
     from pikv_megatron.integrations.megatron.session import Session
@@ -163,7 +166,7 @@ def ask_all(papers: Sequence[Document], args: argparse.Namespace) -> list[Row]:
             bar.set_description(name)
             row, attached, context = Row(name), None, None
             if overrides is not None:
-                sizes = [f"max_tokens={longest}", "max_requests=1"]
+                sizes = [f"max_tokens={max(longest, given.block_size)}", "max_requests=1"]
                 _, runtime = read_config(args.config, [*sizes, *overrides])
                 attached = megatron.attach(model, runtime)
                 context = attached.static_context(1, longest)

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, distributed
 from tqdm import tqdm
 
-from pikv_megatron.cli.common import SMALL_MOE, SMALL_MOE_CONFIG, check_single_rank, read_config
-from pikv_megatron.cli.files import checkpoint_folder
+from pikv_megatron.cache.memory import check_memory
+from pikv_megatron.cli.common import SMALL_MOE, SMALL_MOE_CONFIG, bundled, check_seed, check_single_rank, read_config
 from pikv_megatron.cli.hosts import HOSTS, Request, Session
 from pikv_megatron.config import dump
+from pikv_megatron.config.io import brief
+from pikv_megatron.config.parse import read_json
 from pikv_megatron.launch.environment import read_launch
 
 
@@ -67,16 +69,18 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
     if not 0 <= args.temperature < float("inf"):
         raise ValueError(f"--temperature: expected at least 0, got {args.temperature}")
+    check_seed(args.seed)
     if args.expert_parallel != 1 and args.host != "megatron":
         raise ValueError(f"--expert-parallel: only --host megatron shares experts out, got --host {args.host}")
     if args.host == "hf":
         check_single_rank("--host hf")
-    folder = checkpoint_folder(args.model)
-    prompt = _read_prompt(args)
     model_cfg, runtime = read_config(args.config, args.set)
+    if model_cfg is not None:
+        check_memory(model_cfg, runtime)
+    tokenizer = _tokenizer(bundled(Path(args.model)))
+    prompt = _read_prompt(args, tokenizer, runtime.max_tokens)
     if args.run_dir:
         Path(args.run_dir).mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(folder)
     tokens = tokenizer.encode(prompt).ids
     total = len(tokens) + args.max_new_tokens
     if total > runtime.max_tokens:
@@ -120,15 +124,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read_prompt(args: argparse.Namespace) -> str:
-    if args.prompt is not None:
-        text = str(args.prompt)
-    elif args.prompt_file == "-":
-        text = sys.stdin.read()
-    else:
-        text = Path(args.prompt_file).read_text(encoding="utf-8")
+def _read_prompt(args: argparse.Namespace, tokenizer: Any, max_tokens: int) -> str:
+    """The prompt. Of one that cannot fit no more is read than shows it, since to tokenise it might take hours."""
+    longest = max(map(len, tokenizer.get_vocab()), default=1)
+    most = min(max_tokens * longest, sys.maxsize - 1)
+    where = "--prompt" if args.prompt is not None else f"--prompt-file {args.prompt_file}"
+    try:
+        if args.prompt is not None:
+            text = str(args.prompt)
+        elif args.prompt_file == "-":
+            text = sys.stdin.read(most + 1)
+        else:
+            with open(args.prompt_file, encoding="utf-8") as file:
+                text = file.read(most + 1)
+        text.encode("utf-8")  # what is not UTF-8 on the command line comes as characters that are none
+    except UnicodeError as error:
+        raise ValueError(f"{where}: expected UTF-8 text: {error}") from error
     if not text:
-        raise ValueError(f"prompt: expected some text, {args.prompt_file or '--prompt'} is empty")
+        raise ValueError(f"{where}: expected some text, it is empty")
+    if len(text) > most:
+        raise ValueError(
+            f"{where}: expected at most {most} characters, got more (runtime.max_tokens is {max_tokens}, a token has "
+            f"{longest} at most)"
+        )
     return text
 
 
@@ -150,9 +168,13 @@ def _end_tokens(folder: Path) -> set[int]:
     """Tokens that end a text: `eos_token_id` of the checkpoint's generation_config.json, else of its config.json."""
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
-            ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-            if ids is not None:
-                return set(ids) if isinstance(ids, list) else {ids}
+            ids = read_json(folder / name, ValueError).get("eos_token_id")
+            if ids is None:
+                continue
+            listed = ids if isinstance(ids, list) else [ids]
+            if not all(isinstance(token, int) for token in listed):
+                raise ValueError(f"{folder / name}: eos_token_id: expected an int or a list of them, got {brief(ids)}")
+            return set(listed)
     return set()
 
 
@@ -207,7 +229,8 @@ def _stream(
         if theirs is not None:
             worst = max(worst, float((logits - theirs).abs().max()))
         if args.temperature:
-            shares = ((logits - logits.max()) / args.temperature).softmax(-1)  # finite however low the temperature
+            distances = (logits - logits.max()).double()  # in which the lowest temperature is not 0
+            shares = (distances / args.temperature).softmax(-1).float()
             token = int(torch.multinomial(shares.cpu(), 1, generator=generator))
         else:
             token = int(logits.argmax())

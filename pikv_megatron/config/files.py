@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from pikv_megatron.config.io import ConfigError, from_mapping, read_yaml, to_mapping, to_yaml
+from pikv_megatron.config.io import ConfigError, brief, from_mapping, to_mapping
 from pikv_megatron.config.model import ModelConfig
+from pikv_megatron.config.parse import read_json, read_yaml, to_yaml
 from pikv_megatron.config.runtime import RuntimeConfig
 
 
@@ -50,28 +50,12 @@ def load_deepspeed(
     Raises:
         ConfigError: no such block, or two, a file that is not a JSON object, or as `load`.
     """
-    if config is not None and not isinstance(config, (Mapping, str, Path)):
-        raise ConfigError(f"config: expected a dict or the path of a JSON file, got {type(config).__name__}")
-    rest = _read_json(Path(config)) if isinstance(config, (str, Path)) else dict(config or {})
-    if pikv is None and "pikv" not in rest:
-        raise ConfigError(
-            f"pikv: expected this block in the DeepSpeed config, or as an argument, got the keys {sorted(rest)}"
-        )
-    if pikv is not None and "pikv" in rest:
-        raise ConfigError("pikv: expected once, got a block in the DeepSpeed config and an argument")
-    block = rest.pop("pikv", pikv)
-    file = from_mapping(_File, read_yaml(block) if isinstance(block, (str, Path)) else block, "pikv")
+    rest = dict(config) if isinstance(config, Mapping) else read_json(config)
+    if "pikv" not in rest:
+        raise ConfigError(f"pikv: expected this block in the DeepSpeed config, got the keys {brief(list(rest))}")
+    block = rest.pop("pikv")
+    file = from_mapping(_File, read_yaml(block) if isinstance(block, str) else block, "pikv")
     return rest, file.model, file.runtime
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: expected JSON, got text that is none: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected an object of keys, got {type(content).__name__}")
-    return content
 
 
 Source = Mapping[str, Any] | str | Path
@@ -90,7 +74,7 @@ def resolve(
     if isinstance(model, (str, Path)) or _has_sections(model):
         with_model, with_runtime = load(model)
         if with_model is None:
-            raise ConfigError(f"model: section missing in {model}")
+            raise ConfigError(f"model: section missing in {brief(model)}")
         model, runtime = with_model, with_runtime if runtime is None else runtime
     elif isinstance(model, Mapping):
         model = ModelConfig.from_dict(model)
@@ -114,7 +98,9 @@ def check_same_model(given: ModelConfig, model: ModelConfig, what: str = "config
     """Checks that `what` (a file's section `model`, a cache) is for the model that it is used with."""
     names = [f.name for f in fields(ModelConfig) if getattr(given, f.name) != getattr(model, f.name)]
     if names:
-        differs = ", ".join(f"{n}: {getattr(given, n)!r} here, {getattr(model, n)!r} in the model" for n in names)
+        differs = ", ".join(
+            f"{n}: {brief(getattr(given, n))} here, {brief(getattr(model, n))} in the model" for n in names
+        )
         raise ConfigError(f"{what} is for another model ({differs})")
 
 

@@ -2,53 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
-
 T = TypeVar("T")
+
+LARGEST_EXACT = 2**53
+"""Floats up to here stand for one integer each."""
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key, the value seen and what was expected."""
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, except that a key that stands twice is an error: the first would be lost without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+def brief(value: object) -> str:
+    """`repr` for messages, shortened where the value is large or nested."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    return _BRIEF.repr(value)
 
 
-def parse_yaml(text: str, where: str) -> Any:
-    """What a YAML text says. Raises ConfigError, which names `where`, for what is not YAML or has a key twice."""
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not YAML: {error}") from error
-
-
-def read_yaml(path: str | Path) -> Mapping[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError where the file holds anything else, or a key twice."""
-    content = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
-    if not isinstance(content, Mapping):
-        raise ConfigError(f"{path}: expected a mapping of keys, got {type(content).__name__}")
-    return content
-
-
-def to_yaml(mapping: Mapping[str, Any]) -> str:
-    """A nested mapping as YAML, keys in their order."""
-    return yaml.safe_dump(dict(mapping), sort_keys=False)
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel = 2
+_BRIEF.maxstring = _BRIEF.maxother = 80
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -73,16 +56,18 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
             refuses.
     """
     if not isinstance(mapping, Mapping):
-        raise ConfigError(f"{where or 'config'}: expected a mapping of keys, got {mapping!r}")
+        raise ConfigError(f"{where or 'config'}: expected a mapping of keys, got {brief(mapping)}")
     fields = {_key(field): field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in mapping.items():
-        name = f"{where}.{key}" if where else str(key)
         if key not in fields:
-            near = _nearest(str(key), fields, _keys_of_sections(hints, fields))
-            hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(fields)}"
+            seen = key if isinstance(key, str) and len(key) < 80 else brief(key)
+            name = f"{where}.{seen}" if where else seen
+            near = difflib.get_close_matches(seen, fields, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
             raise ConfigError(f"{name}: unknown key; {hint}")
+        name = f"{where}.{key}" if where else key
         values[fields[key].name] = _convert(value, hints[fields[key].name], name)
     return cls(**values)
 
@@ -135,27 +120,32 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if value is None and "none" in args:  # and people write null for none
             value = "none"
         if value not in args or isinstance(value, bool):
-            raise ConfigError(f"{name}: expected one of {', '.join(args)}, got {value!r}")
+            raise ConfigError(f"{name}: expected one of {', '.join(args)}, got {brief(value)}")
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{name}: expected a list, got {value!r}")
+            raise ConfigError(f"{name}: expected a list, got {brief(value)}")
         return tuple(_convert(item, args[0], f"{name}[{i}]") for i, item in enumerate(value))
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value
         return from_mapping(hint, value, name)  # type: ignore[arg-type]
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 1024:
         return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer() and abs(value) <= LARGEST_EXACT:
+        return int(value)
     if not isinstance(value, hint) or isinstance(value, bool):
-        hint_on_floats = "; YAML reads 1e-3 as text, write 1.0e-3" if hint is float and _is_number(value) else ""
-        raise ConfigError(f"{name}: expected {hint.__name__}, got {value!r}{hint_on_floats}")
+        raise ConfigError(f"{name}: expected {hint.__name__}, got {brief(value)}{_as_number(value, hint)}")
+    if hint is int and abs(value) >= 2**63:
+        raise ConfigError(f"{name}: expected an int below 2**63, got {brief(value)}")
     return value
 
 
-def _is_number(value: object) -> bool:
-    try:
-        float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return False
-    return True
+def _as_number(value: object, hint: type) -> str:
+    """For an error: what to write instead of a number that is text, or that is not exact."""
+    if hint in (int, float) and isinstance(value, str) and len(value) < 80:
+        with contextlib.suppress(ValueError):
+            number = float(value)
+            if number.is_integer() or (hint is float and math.isfinite(number)):
+                return f"; this is text, write {int(number) if number.is_integer() else number} without quotes"
+    return "; write all of its digits" if hint is int and isinstance(value, float) and value.is_integer() else ""

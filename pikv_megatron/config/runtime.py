@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from pikv_megatron.config.io import ConfigError, check_fields, from_mapping
+from pikv_megatron.config.io import ConfigError, brief, check_fields, from_mapping
 from pikv_megatron.config.sections import (
     AttentionConfig,
     BudgetConfig,
@@ -65,9 +65,13 @@ class RuntimeConfig:
             ("block_size", 1),
         ):
             at_least("runtime.", name, getattr(self, name), low)
+        if self.block_size > self.max_tokens:
+            raise ConfigError(
+                f"runtime.block_size: expected at most max_tokens ({self.max_tokens}), got {self.block_size}"
+            )
         kinds = [tier.kind for tier in self.tiers]
         if kinds not in (["device"], ["device", "host"]):
-            raise ConfigError(f"runtime.tiers: expected [device] or [device, host], fastest first, got {kinds}")
+            raise ConfigError(f"runtime.tiers: expected [device] or [device, host], fastest first, got {brief(kinds)}")
         demotes = self.budget.policy != "none" and self.budget.over_budget == "demote"
         if demotes and len(kinds) == 1:
             raise ConfigError(
@@ -82,7 +86,7 @@ class RuntimeConfig:
         try:
             self.torch_device  # noqa: B018 - a bad device string fails here, not at the first tensor
         except (RuntimeError, AssertionError) as error:
-            raise ConfigError(f"runtime.device: expected 'auto' or a torch device, got {self.device!r}") from error
+            raise ConfigError(f"runtime.device: expected 'auto' or a torch device, got {brief(self.device)}") from error
         if self.torch_device.type == "meta":
             raise ConfigError("runtime.device: expected a device that holds data, got 'meta'")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pikv_megatron.config.io import ConfigError, check_fields
+from pikv_megatron.config.io import ConfigError, brief, check_fields
 
 
 def at_least(owner: str, name: str, value: float, low: float) -> None:
@@ -176,5 +176,6 @@ class StreamerConfig:
         at_least("runtime.streamer.", "commit_ms", self.commit_ms, 0.0)
         if self.path is not None:
             raise ConfigError(
-                f"runtime.streamer.path: streaming to disk is not in this version, expected null, got {self.path!r}"
+                "runtime.streamer.path: streaming to disk is not in this version, expected null, "
+                f"got {brief(self.path)}"
             )

@@ -8,6 +8,7 @@ reads its own experts only. Without CUDA, call `cpu_compat.install()` before imp
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +24,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from pikv_megatron.config.io import brief
+from pikv_megatron.config.parse import read_json
+from pikv_megatron.integrations.checkpoint import check_finite, shards
 from pikv_megatron.integrations.mixtral_names import (
     State,
     WeightsError,
@@ -85,7 +89,9 @@ def transformer_config(hf_config: Mapping[str, Any], **overrides: Any) -> Transf
         "hidden_size": hidden_size,
         "num_attention_heads": num_heads,
         "num_query_groups": _required(hf_config, "num_key_value_heads"),
-        "kv_channels": hf_config.get("head_dim") or hidden_size // num_heads,
+        "kv_channels": hidden_size // num_heads
+        if hf_config.get("head_dim") is None
+        else _required(hf_config, "head_dim"),
         "ffn_hidden_size": _required(hf_config, "intermediate_size"),
         "moe_ffn_hidden_size": _required(hf_config, "intermediate_size"),
         "num_moe_experts": _required(hf_config, "num_local_experts"),
@@ -95,12 +101,12 @@ def transformer_config(hf_config: Mapping[str, Any], **overrides: Any) -> Transf
         "moe_router_dtype": "fp32",
         "moe_grouped_gemm": False,
         "normalization": "RMSNorm",
-        "layernorm_epsilon": _required(hf_config, "rms_norm_eps"),
+        "layernorm_epsilon": _required(hf_config, "rms_norm_eps", float),
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
-        "attention_dropout": hf_config.get("attention_dropout", 0.0),
+        "attention_dropout": _required({"attention_dropout": 0.0, **hf_config}, "attention_dropout", float),
     }
     if not torch.cuda.is_available():
         fields |= _WITHOUT_CUDA
@@ -157,10 +163,15 @@ def load_mixtral(
         WeightsError: a file cannot be read, or the configuration or a weight does not fit.
     """
     path = Path(path)
-    hf_config, files = _read_json(path / CONFIG_FILE), _weight_files(path)
+    if not (path / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"{path}: expected a checkpoint's directory, found no {CONFIG_FILE}")
+    hf_config, files = read_json(path / CONFIG_FILE, WeightsError), _weight_files(path)
     half_types = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
     overrides = {"params_dtype": dtype, **half_types, **overrides}
-    model = build_model(hf_config, layer_spec=layer_spec, **overrides).to(dtype)
+    try:
+        model = build_model(hf_config, layer_spec=layer_spec, **overrides).to(dtype)
+    except WeightsError as error:  # which begins with the file's name
+        raise WeightsError(f"{path}{os.sep}{error}") from error
     unneeded = other_experts_names(model.config, _my_experts(model.config))
     state: dict[str, torch.Tensor] = {}
     for weights in files:
@@ -173,32 +184,13 @@ def load_mixtral(
     return model.eval()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent}: expected a checkpoint's directory, found no {path.name}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise WeightsError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
 def _weight_files(path: Path) -> list[Path]:
     """The one file with the weights of a checkpoint, or the shards that its index names."""
     if (path / WEIGHTS_FILE).is_file():
         return [path / WEIGHTS_FILE]
     if not (path / INDEX_FILE).is_file():
         raise FileNotFoundError(f"{path}: expected {WEIGHTS_FILE} or {INDEX_FILE}, found neither")
-    index = _read_json(path / INDEX_FILE).get("weight_map")
-    if not isinstance(index, dict) or not index:
-        raise WeightsError(f"{path / INDEX_FILE}: expected an object weight_map from names to files, got {index!r}")
-    files = [path / name for name in sorted(set(index.values()))]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{path}: {INDEX_FILE} lists {', '.join(missing)}, which are not there")
-    return files
+    return shards(path / INDEX_FILE)
 
 
 def load_weights(model: GPTModel, state: State) -> None:
@@ -206,11 +198,12 @@ def load_weights(model: GPTModel, state: State) -> None:
     changes anything.
 
     Raises:
-        WeightsError: a key is missing, unexpected or of another shape; the model has parameters that are not
-            Mixtral's.
+        WeightsError: a key is missing, unexpected or of another shape, or holds values that are not finite in the
+            model's dtype; the model has parameters that are not Mixtral's.
     """
     weights = hf_to_megatron(state, model.config, vocab_size=model.vocab_size, experts=_my_experts(model.config))
     check_names(f"{type(model).__name__}.state_dict()", tensor_names(model.state_dict()), weights.keys())
+    check_finite(state.items(), next(model.parameters()).dtype)
     model.load_state_dict(weights, strict=False)  # not strict: Megatron's empty `_extra_state` entries
 
 
@@ -233,9 +226,7 @@ def save_mixtral(model: GPTModel, path: str | Path, *, dtype: torch.dtype | None
         name: tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in megatron_to_hf(model.state_dict(), model.config).items()
     }
-    for name, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise WeightsError(f"{name}: holds values that are not finite in {dtype}, expected finite weights")
+    check_finite(state.items())
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     description = json.dumps(_hf_config(model, dtype), indent=2) + "\n"
@@ -292,24 +283,32 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _required(hf_config: Mapping[str, Any], key: str) -> Any:
-    if hf_config.get(key) is None:
+def _required(hf_config: Mapping[str, Any], key: str, kind: type = int) -> Any:
+    """The value of a key: an int of at least 1, or (kind float) a finite number of at least 0."""
+    value = hf_config.get(key)
+    if value is None:
         raise WeightsError(f"{CONFIG_FILE}: {key} is missing")
-    return hf_config[key]
+    known = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if not known or not (1 if kind is int else 0) <= value < math.inf:
+        expected = "an integer of at least 1" if kind is int else "a finite number of at least 0"
+        raise WeightsError(f"{CONFIG_FILE}: {key} is {brief(value)}, expected {expected}")
+    return value
 
 
 def _refuse(hf_config: Mapping[str, Any], key: str, expected: Any) -> None:
     if hf_config.get(key, expected) != expected:
-        raise WeightsError(f"{CONFIG_FILE}: {key} is {hf_config[key]!r}, expected {expected!r}")
+        raise WeightsError(f"{CONFIG_FILE}: {key} is {brief(hf_config[key])}, expected {expected!r}")
 
 
 def _rope_theta(hf_config: Mapping[str, Any]) -> float:
     parameters = hf_config.get("rope_parameters") or {}
+    if not isinstance(parameters, Mapping):
+        raise WeightsError(f"{CONFIG_FILE}: rope_parameters is {brief(parameters)}, expected an object")
     kind = parameters.get("rope_type", "default")
     if kind != "default" or hf_config.get("rope_scaling") is not None:
         seen = hf_config.get("rope_scaling") or kind
-        raise WeightsError(f"{CONFIG_FILE}: RoPE of kind {seen!r}, expected 'default' without scaling")
+        raise WeightsError(f"{CONFIG_FILE}: RoPE of kind {brief(seen)}, expected 'default' without scaling")
     theta = parameters.get("rope_theta", hf_config.get("rope_theta"))
     if theta is None:
         raise WeightsError(f"{CONFIG_FILE}: rope_theta is missing (in rope_parameters or beside it)")
-    return theta
+    return float(_required({"rope_theta": theta}, "rope_theta", float))

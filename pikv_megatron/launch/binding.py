@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 
 from pikv_megatron.launch.environment import Launch, LaunchError
+from pikv_megatron.machine import control_groups
 
 logger = logging.getLogger(__name__)
 
 TOPOLOGY = Path("/sys/devices/system/cpu")
-CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def bind(launch: Launch) -> tuple[int, ...]:
@@ -67,14 +67,7 @@ def wanted() -> bool:
 
 def time_limit() -> float:
     """How many CPUs' time control groups leave this process (a container's --cpus); infinite where none limits it."""
-    limits = [math.inf]
-    for line in OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.exists() else ():
-        _, controllers, path = line.split(":", 2)
-        if not controllers or "cpu" in controllers.split(","):
-            root = CGROUPS / "cpu" if controllers else CGROUPS  # the first and the second version of cgroups
-            # A container that sees its group as the root has no folder of this path, so the root counts alone.
-            limits += [_time_limit(root / folder.relative_to("/")) for folder in (Path(path), *Path(path).parents)]
-    return min(limits)
+    return min([math.inf, *(_time_limit(group) for group in control_groups("cpu"))])
 
 
 def _time_limit(group: Path) -> float:

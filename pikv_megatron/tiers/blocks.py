@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, ParamSpec, TypeVar
@@ -34,10 +35,26 @@ def keeps_tensors(method: Callable[P, R]) -> Callable[P, R]:
 
 
 class Field(NamedTuple):
-    """One tensor of a stored block, without the leading dimension of blocks."""
+    """One tensor of a stored block, without the leading dimension of blocks (of a request's window, without slots)."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+BOOKKEEPING_BYTES = 48
+"""What a pool's Python lists take in host memory for each block: an int in that of free blocks, and two references."""
+
+
+def whole_block(fields: Mapping[str, Field], block_size: int, importance: bool) -> dict[str, Field]:
+    """Every tensor that a BlockPool keeps for a block: the encoded `fields`, and what describes them."""
+    extra = {"start": Field((), torch.int64), "label": Field((), torch.int64)}
+    if importance:
+        extra["importance"] = Field((block_size,), torch.float32)
+    return {**fields, **extra}
 
 
 class PoolFullError(RuntimeError):
@@ -62,14 +79,12 @@ class BlockPool:
     ) -> None:
         self.kind, self.num_blocks, self.block_size, self.device = kind, num_blocks, block_size, device
         pinned = kind == "host" and torch.cuda.is_available()
-
-        def touched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            return torch.zeros(num_blocks, *shape, dtype=dtype, device=device, pin_memory=pinned)
-
-        self.fields = {name: touched(field.shape, field.dtype) for name, field in fields.items()}
-        self.start = touched((), torch.int64)
-        self.label = touched((), torch.int64)
-        self.importance = touched((block_size,), torch.float32) if importance else None
+        touched = {
+            name: torch.zeros(num_blocks, *field.shape, dtype=field.dtype, device=device, pin_memory=pinned)
+            for name, field in whole_block(fields, block_size, importance).items()
+        }
+        self.fields = {name: touched[name] for name in fields}
+        self.start, self.label, self.importance = touched["start"], touched["label"], touched.get("importance")
         self._free = list(range(num_blocks))  # a heap: the lowest id is taken first
         self._references = [0] * num_blocks
         self.generation = 0

@@ -1,5 +1,5 @@
 """Tiers: where a block's bytes are, fastest first. A tier is a BlockPool in some memory; this module sizes and
-allocates them.
+allocates them (`cache.memory` asks first whether they fit).
 
 Tiers here: device (where attention is computed) and host (pinned where there is a GPU).
 """
@@ -12,7 +12,7 @@ from pikv_megatron.budgets.budget import allowed_blocks
 from pikv_megatron.codecs.compressor import Compressor
 from pikv_megatron.config import ModelConfig, RuntimeConfig
 from pikv_megatron.config.io import ConfigError
-from pikv_megatron.tiers.blocks import BlockPool
+from pikv_megatron.tiers.blocks import BlockPool, whole_block
 
 
 def blocks_needed(model: ModelConfig, runtime: RuntimeConfig, blocks: int) -> list[int]:
@@ -35,8 +35,8 @@ def blocks_for(runtime: RuntimeConfig) -> int:
     return -(-runtime.max_tokens // runtime.block_size)
 
 
-def build_tiers(model: ModelConfig, runtime: RuntimeConfig, compressor: Compressor) -> list[BlockPool]:
-    """Allocates one pool per configured tier, shared by all layers and requests.
+def tier_blocks(model: ModelConfig, runtime: RuntimeConfig, compressor: Compressor) -> list[int]:
+    """Blocks of each configured tier's pool.
 
     Raises:
         ConfigError: a tier's bytes hold less than one block of every layer that needs some, or there is no such device.
@@ -44,11 +44,11 @@ def build_tiers(model: ModelConfig, runtime: RuntimeConfig, compressor: Compress
     if runtime.torch_device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"runtime.device: no CUDA device is available here, got {runtime.device!r}")
     least, most = (blocks_needed(model, runtime, blocks) for blocks in (1, blocks_for(runtime)))
-    pools = []
+    one_block = block_bytes(runtime, compressor)
+    counts = []
     for index, tier in enumerate(runtime.tiers):
-        num_blocks = most[index]
+        num_blocks = max(1, most[index])
         if tier.bytes is not None:
-            one_block = build_pool(tier.kind, 1, runtime, compressor).block_bytes
             num_blocks = tier.bytes // one_block
             wanted = max(1, least[index])
             if num_blocks < wanted:
@@ -56,15 +56,33 @@ def build_tiers(model: ModelConfig, runtime: RuntimeConfig, compressor: Compress
                     f"runtime.tiers[{index}].bytes: expected at least {wanted * one_block} (a block of {one_block} "
                     f"bytes for each layer that places any there), got {tier.bytes}"
                 )
-        pools.append(build_pool(tier.kind, max(1, num_blocks), runtime, compressor))
-    return pools
+        counts.append(num_blocks)
+    return counts
+
+
+def build_tiers(model: ModelConfig, runtime: RuntimeConfig, compressor: Compressor) -> list[BlockPool]:
+    """Allocates one pool per configured tier, shared by all layers and requests. Raises as `tier_blocks`."""
+    counts = tier_blocks(model, runtime, compressor)
+    return [
+        build_pool(tier.kind, count, runtime, compressor) for tier, count in zip(runtime.tiers, counts, strict=True)
+    ]
+
+
+def tier_device(kind: str, runtime: RuntimeConfig) -> torch.device:
+    """Whose memory a kind of tier is."""
+    return runtime.torch_device if kind == "device" else torch.device("cpu")
+
+
+def block_bytes(runtime: RuntimeConfig, compressor: Compressor) -> int:
+    """Bytes of one block of a pool."""
+    fields = whole_block(compressor.fields(), runtime.block_size, runtime.budget.policy != "none")
+    return sum(field.nbytes for field in fields.values())
 
 
 def build_pool(kind: str, num_blocks: int, runtime: RuntimeConfig, compressor: Compressor) -> BlockPool:
     """One tier's memory for `num_blocks` blocks."""
-    device = runtime.torch_device if kind == "device" else torch.device("cpu")
-    keep_importance = runtime.budget.policy != "none"
-    return BlockPool(kind, num_blocks, runtime.block_size, compressor.fields(), device, keep_importance)
+    fields, keeps_importance = compressor.fields(), runtime.budget.policy != "none"
+    return BlockPool(kind, num_blocks, runtime.block_size, fields, tier_device(kind, runtime), keeps_importance)
 
 
 def capacity_tokens(model: ModelConfig, runtime: RuntimeConfig, pools: list[BlockPool]) -> int:

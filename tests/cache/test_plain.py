@@ -45,7 +45,10 @@ def _random_cache(chance: random.Random) -> PiKVCache:
     window, sinks, size = chance.choice([1, 3, 6]), chance.choice([0, 2, 5]), chance.choice([1, 4, 7])
     keys = chance.choice(CODECS)
     runtime = {"window": window, "sinks": sinks, "block_size": size, "max_requests": REQUESTS}
-    runtime |= {"max_tokens": chance.choice([3, 100, 200, 400]), "attention": chance.choice(MODES + SELECTIVE)}
+    runtime |= {
+        "max_tokens": chance.choice([max(3, size), 100, 200, 400]),
+        "attention": chance.choice(MODES + SELECTIVE),
+    }
     policy = chance.choice(["none", "uniform", "pyramid"])
     if policy != "none" and windows != [3, 3, 3]:
         above = chance.choice([0, 8, 30])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import shutil
 import subprocess
@@ -12,8 +13,7 @@ import sys
 import pytest
 import torch
 
-import pikv_megatron
-from pikv_megatron.cli import common, demo, main
+from pikv_megatron.cli import common, demo, generate, main
 from pikv_megatron.config import load
 from pikv_megatron.facts import Fact, documents, load_text
 
@@ -110,9 +110,10 @@ def test_a_reader_that_has_gone_is_no_error():
         assert process.wait() == 1
 
 
-def test_the_lowest_temperature_is_greedy(capsys):
+@pytest.mark.parametrize("temperature", ["1e-40", "1e-300", "5e-324"])
+def test_the_lowest_temperature_is_greedy(temperature, capsys):
     argv = ["generate", "--prompt", PROMPT, "--max-new-tokens", "2", "--quiet", "--threads", "1"]
-    assert main([*argv, "--temperature", "1e-40"]) == 0
+    assert main([*argv, "--temperature", temperature]) == 0
     assert capsys.readouterr().out == "47\n"
 
 
@@ -123,13 +124,41 @@ def test_a_tokenizer_that_is_none(capsys, tmp_path):
     assert "tokenizer.json: not a tokenizer" in capsys.readouterr().err
 
 
-def test_packages_that_are_missing_are_named_with_what_brings_them(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    assert main(["generate", "--prompt", "x"]) == 2
-    assert "tokenizers comes with the extra hf" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert main(["generate", "--prompt", "x", "--model", "some/moe"]) == 2
-    assert "models of the Hugging Face Hub need the package huggingface_hub" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"eos_token_id": ["4"]}', "eos_token_id: expected an int or a list of them, got ['4']"),
+        (b'{"eos_token_id": {}}', "eos_token_id: expected an int or a list of them, got {}"),
+        (b"[1]", "expected a JSON object, got list"),
+        (b"\xff", "expected UTF-8 text"),
+        (b"[" * 10**5, "nested too deeply"),
+    ],
+)
+def test_an_end_token_that_is_none(content, said, capsys, tmp_path):
+    (tmp_path / "generation_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{tmp_path / 'generation_config.json'}: ") as error:
+        generate._end_tokens(tmp_path)
+    assert said in str(error.value)
+
+
+def test_a_prompt_that_cannot_fit_is_not_read_whole(capsys, tmp_path, monkeypatch):
+    """A token of the small MoE is a byte."""
+    long, binary = tmp_path / "long.txt", tmp_path / "binary"
+    long.write_text("x" * 65)
+    binary.write_bytes(b"And the LORD \xff")
+    for source, text, said in (
+        (str(long), "", "expected at most 64 characters, got more (runtime.max_tokens is 64, a token has 1 at most)"),
+        ("-", "x" * 10**6, "--prompt-file -: expected at most 64 characters"),
+        ("-", "x" * 64, "64 tokens and 64 new ones exceed max_tokens 64"),
+        (str(binary), "", f"{binary}: expected UTF-8 text: 'utf-8' codec can't decode byte 0xff in position 13"),
+        ("-", "a\udcff", "--prompt-file -: expected UTF-8 text: 'utf-8' codec can't encode character"),
+        ("-", "", "--prompt-file -: expected some text, it is empty"),
+    ):
+        stdin = io.StringIO(text)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert main(["generate", "--prompt-file", source, "--set", "max_tokens=64"]) == 2
+        assert said in capsys.readouterr().err
+        assert stdin.tell() <= 65
 
 
 def test_sampling_follows_its_seed(capsys):
@@ -159,7 +188,13 @@ def test_sampling_follows_its_seed(capsys):
             "--model /does/not/exist: expected the folder",
         ),
         (["--prompt", "x", "--temperature", "-1"], "--temperature: expected at least 0"),
-        (["--prompt", "x", "--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--prompt", "x", "--threads", "0"], "--threads: expected 1 .. "),
+        (["--prompt", "x", "--threads", "1000000"], ", got 1000000"),
+        (["--prompt", "x", "--seed", str(2**70)], f"--seed: expected 0 .. 2**64 - 1, got {2**70}"),
+        (["--prompt", "x", "--seed", "-1"], "--seed: expected 0 .. 2**64 - 1, got -1"),
+        (["--prompt", "x", "--model", "/none", "--set", "max_tokens=1e13"], "runtime.max_tokens: 10000000000000 asks"),
+        (["--prompt", "x", "--set", "window=yes"], "runtime.window: expected int, got 'yes'"),
+        (["--prompt", "x\udcff"], "--prompt: expected UTF-8 text"),
         (["--prompt", "x", "--set", "tiers=[{kind: device"], "--set tiers=[{kind: device: not YAML"),
         (["--prompt", "x", "--set", "codec={keys: int8, keys: int4}"], "the key 'keys' stands twice"),
         (["--prompt", "x", "--run-dir", "/dev/null"], "/dev/null"),
@@ -173,6 +208,18 @@ def test_generate_refuses(argv, message, capsys):
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_demo_refuses_a_seed_by_name(capsys):
+    assert main(["demo", "--seed", "-1"]) == 2
+    assert capsys.readouterr().err == "pikv demo: error: --seed: expected 0 .. 2**64 - 1, got -1\n"
+
+
+def test_demo_of_a_document_shorter_than_a_block(monkeypatch):
+    papers = documents(load_text(common.HELD_OUT_TEXT), count=1, length=20, num_facts=1, num_questions=1, seed=3)
+    args = argparse.Namespace(config=common.SMALL_MOE_CONFIG, model=common.SMALL_MOE, threads=1, quiet=True)
+    monkeypatch.setattr(demo, "CACHES", {"stock": None, INT8: demo.CACHES[INT8]})
+    assert [row.asked for row in demo.ask_all(papers, args)] == [1, 1]
 
 
 def test_demo_table(capsys):

@@ -180,3 +180,11 @@ def test_text_is_read_plain_or_compressed(tmp_path):
     (tmp_path / "empty.txt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"empty\.txt: the file is empty"):
         load_text(tmp_path / "empty.txt")
+    for content in (
+        gzip.compress(b"in the beginning")[:-9],
+        b"in the beginning",
+        gzip.compress(b"x" * 99)[:12] + b"y" * 9,
+    ):
+        (tmp_path / "half.gz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"half\.gz: expected a whole gzip file"):
+            load_text(tmp_path / "half.gz")

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pikv_megatron import machine
 from pikv_megatron.launch import binding
 from pikv_megatron.launch.environment import Launch, LaunchError
 
@@ -68,10 +69,10 @@ def test_a_containers_share_of_time(monkeypatch, tmp_path, case):
     for path, text in files.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    monkeypatch.setattr(binding, "CGROUPS", tmp_path)
-    monkeypatch.setattr(binding, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
     assert binding.time_limit() == (math.inf if "unlimited" in case else 3.5)
-    monkeypatch.setattr(binding, "OWN_CGROUPS", tmp_path / "nothing")  # a kernel without control groups
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "nothing")  # a kernel without control groups
     assert binding.time_limit() == math.inf
 
 

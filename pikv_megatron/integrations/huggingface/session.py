@@ -12,33 +12,72 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
+from pikv_megatron.config.io import brief
+from pikv_megatron.config.parse import read_json
+from pikv_megatron.integrations.checkpoint import check_finite, shards
 from pikv_megatron.integrations.huggingface.cache import PiKVHFCache
 from pikv_megatron.integrations.huggingface.model import attention_layers, find_model
 from pikv_megatron.integrations.layer_hooks import after_each
+from pikv_megatron.integrations.mixtral_names import WeightsError
+
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 def load_model(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A checkpoint directory's causal language model, in eval mode, on the GPU where there is one. Looks nowhere else.
+    """A checkpoint directory's causal language model, in eval mode, on the GPU where there is one. Looks nowhere else,
+    and runs no code that it finds there.
 
     Raises:
         OSError, ValueError: no such directory, or no checkpoint that transformers reads.
+        WeightsError: one of its files cannot be used, or a weight is not finite.
     """
     folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder / 'config.json'}: expected a Hugging Face checkpoint there")
+    _check_files(folder)
     shows = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
+    except (StrictDataclassError, AttributeError, TypeError) as error:  # what transformers makes of wrong types
+        raise WeightsError(f"{folder / CONFIG_FILE}: not a config that transformers can use: {error}") from error
     finally:
         if shows:
             logging.enable_progress_bar()
+    check_finite(model.state_dict().items())
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _check_files(folder: Path) -> None:
+    """Checks what transformers would read, or run, without asking. Raises FileNotFoundError or WeightsError."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a Hugging Face checkpoint there")
+    config = read_json(path, WeightsError)
+    kind, attention = config.get("model_type"), config.get("attn_implementation")
+    if config.get("auto_map") and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+        raise WeightsError(
+            f"{path}: auto_map asks for the checkpoint's own code, which is never run; expected a model_type that "
+            f"transformers knows, got {brief(kind)}"
+        )
+    if attention is not None and (not isinstance(attention, str) or "/" in attention):
+        raise WeightsError(
+            f"{path}: attn_implementation asks for code from the Hub, which is never run; expected one that "
+            f"transformers has, got {brief(attention)}"
+        )
+    if (folder / GENERATION_FILE).is_file():
+        read_json(folder / GENERATION_FILE, WeightsError)
+    for index in INDEX_FILES:
+        if (folder / index).is_file():
+            shards(folder / index)
 
 
 class Session:
