@@ -2,7 +2,7 @@
 
 Batch 1. `of bound`: the time of reading as many bytes once, in order, with the same threads (`sequential read`: the sum
 of a tensor as large as the INT8 blocks), over the row's time; given for what reads everything. `x int8`: time of our
-exact INT8 attention over the row's. `read_selected` is what the cache calls: the same top_k with its estimate and
+exact INT8 attention over the row's. `reader` is what the cache calls: the same top_k with its estimate and
 certificate. Megatron's static context turns every cached key by RoPE at each step; its core attention alone is a row of
 its own.
 
@@ -27,7 +27,9 @@ from torch import Tensor
 
 from pikv_megatron import ops
 from pikv_megatron.config.sections import AttentionConfig
-from pikv_megatron.reading.selection import Source, count_of, read_selected
+from pikv_megatron.device_numbers import DeviceNumbers
+from pikv_megatron.reading import READERS
+from pikv_megatron.reading.reader import Source, count_of
 
 BLOCK, DIM = 32, 128
 SHAPES = {"Mixtral-8x7B": (8, 4), "Qwen3-30B-A3B": (4, 8)}  # KV heads, query heads per KV head
@@ -157,7 +159,8 @@ def store(k: Tensor, v: Tensor, codec: str) -> Source:
         values = ops.Values(None, codes, scale, zero, value_bits)
     else:
         values = ops.Values(v, None, None, None, 0)
-    return Source(keys, values, torch.arange(len(k), device=k.device), BLOCK)
+    ids, first = torch.arange(len(k), device=k.device), torch.tensor([0, len(k)], device=k.device)
+    return Source(keys, values, ids, first, (len(k),), BLOCK)
 
 
 def source_bytes(source: Source, codec: str) -> int:
@@ -189,7 +192,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object]]:
 
 def selective(q: Tensor, source: Source) -> dict[str, Callable[[], object]]:
     """Scoring alone, and top_k with and without pruning of blocks, from the ops and as the cache calls it."""
-    keys, values, ids, _ = source
+    keys, values, ids = source.keys, source.values, source.block_ids
     scale = DIM**-0.5
     count = count_of(READ, len(ids) * BLOCK)
     raw_lse = torch.zeros(q.shape[:2], device=q.device)  # a window that has some say
@@ -211,15 +214,16 @@ def selective(q: Tensor, source: Source) -> dict[str, Callable[[], object]]:
 
     def as_cache(prune: float) -> Callable[[], object]:
         config = AttentionConfig(mode="top_k", read_fraction=READ, prune_fraction=prune)
-        return partial(read_selected, q, [source], raw_lse, config, scale)
+        reader = READERS.pick(config.mode)(config)
+        return partial(reader.read, rows, [source], raw_lse.unsqueeze(0), scale, DeviceNumbers(q.device))
 
     return {
         "score and select blocks": best_blocks,
         "score all tokens": partial(ops.score_tokens, rows, keys, ids, run_of[len(ids)], scale),
         "top_k 6.25 %": lambda: best_tokens(ids),
         "top_k 6.25 % of pruned 25 %": lambda: best_tokens(best_blocks()),
-        "read_selected 6.25 %": as_cache(1.0),
-        "read_selected 6.25 % of pruned 25 %": as_cache(PRUNE),
+        "reader 6.25 %": as_cache(1.0),
+        "reader 6.25 % of pruned 25 %": as_cache(PRUNE),
     }
 
 

@@ -3,7 +3,7 @@
 8 KV heads of 128, 4 query heads each, INT8, blocks of 32 tokens. `append` encodes new blocks into the pool, its peer
 encodes them first and scatters then. `select_topk` of 6.25 % of the tokens stands beside torch.topk. `attend_tokens`
 over them stands beside itself behind a `prefetch` of their blocks: below 1 that would pay. A decode
-step of several requests is one call of append_each, attend_each and observe_each; its peer goes through the requests.
+step of several requests is one Step, in every mode; its peer is a Step for each of them.
 
     python benchmarks/bench_cache.py [--context 32768] [--step-context 4096] [--threads 1 2] [--rounds 15]
 """
@@ -18,14 +18,15 @@ import torch
 from common import Mark, keep_memory, machine, medians, parse, parser, print_marks, print_table, quiet
 from torch import Tensor
 
-from pikv_megatron import PiKVCache, ops
+from pikv_megatron import PiKVCache, Segment, Step, ops
 from pikv_megatron.codecs.compressor import Compressor
 from pikv_megatron.config import ModelConfig, RuntimeConfig, resolve
-from pikv_megatron.reading.selection import count_of
+from pikv_megatron.reading.reader import count_of
 
 GROUPS, HEADS, DIM, BLOCK, EXPERTS, TOPK = 8, 4, 128, 32, 8, 2
 READ = 0.0625
-APPENDED, BATCHES = (1, 32), (1, 4, 16)
+APPENDED, BATCHES = (1, 32), (4, 16)
+MODES = {"exact": {}, "top_k": {"mode": "top_k", "read_fraction": READ}, "mass": {"mode": "mass"}}
 Pair = tuple[Callable[[], object], Callable[[], object]]
 """Ours, and what it is compared with."""
 
@@ -50,8 +51,13 @@ def main() -> None:
         for name in first
     }
     print_table([cell for n in seconds for cell in (f"{n} thr, ms", "peer, ms", "x peer")], rows, group=3)
-    marked = [name for name in first if name not in ("attend_tokens", "decode step of 1")]
-    print_marks([Mark(f"{name}, x peer", ">=", 1, first[name][1] / first[name][0]) for name in marked])
+    alone = [name for name in first if "requests" not in name and name != "attend_tokens"]
+    marks = [Mark(f"{name}, x peer", ">=", 1, first[name][1] / first[name][0]) for name in alone]
+    last = list(seconds.values())[-1]
+    for mode in ("top_k", "mass"):
+        ours, peer = last[f"{mode}, 16 requests"]
+        marks.append(Mark(f"{mode}, 16 requests, x one by one", ">=", 1.5, peer / ours))
+    print_marks(marks)
 
 
 def run(threads: int, args: argparse.Namespace) -> dict[str, tuple[float, float]]:
@@ -59,8 +65,8 @@ def run(threads: int, args: argparse.Namespace) -> dict[str, tuple[float, float]
     torch.set_num_threads(threads)
     found = timed({**appends(args.device), **reads(args.context, args.device)}, threads, args)
     for requests in BATCHES:  # one after another: they hold the most memory
-        step = {f"decode step of {requests}": decode_steps(requests, args)}
-        found |= timed(step, threads, args)
+        for mode in MODES:
+            found |= timed({f"{mode}, {requests} requests": decode_steps(requests, mode, args)}, threads, args)
     return found
 
 
@@ -73,7 +79,9 @@ def timed(pairs: dict[str, Pair], threads: int, args: argparse.Namespace) -> dic
     return {name: (medians_of[f"{name}/0"], medians_of[f"{name}/1"]) for name in pairs}
 
 
-def configs(max_tokens: int, requests: int, device: torch.device) -> tuple[ModelConfig, RuntimeConfig]:
+def configs(
+    max_tokens: int, requests: int, device: torch.device, mode: str = "exact"
+) -> tuple[ModelConfig, RuntimeConfig]:
     model = {
         "num_layers": 1,
         "hidden_size": GROUPS * HEADS * DIM,
@@ -89,6 +97,7 @@ def configs(max_tokens: int, requests: int, device: torch.device) -> tuple[Model
         "max_requests": requests,
         "block_size": BLOCK,
         "codec": {"keys": "int8", "values": "int8"},
+        "attention": MODES[mode],
     }
     return resolve(model, runtime)
 
@@ -143,11 +152,10 @@ def reads(context: int, device: torch.device) -> dict[str, Pair]:
     }
 
 
-def decode_steps(requests: int, args: argparse.Namespace) -> Pair:
+def decode_steps(requests: int, mode: str, args: argparse.Namespace) -> Pair:
     """A step of all requests at once, and of one after another, in two caches that hold the same."""
-    room = args.step_context + args.rounds + 4 * BLOCK
-    caches = [PiKVCache(*configs(requests * room, requests, args.device)) for _ in range(2)]
-    everyone = list(range(requests))
+    room = args.step_context + 2 * args.rounds + 8 * BLOCK
+    caches = [PiKVCache(*configs(requests * room, requests, args.device, mode)) for _ in range(2)]
 
     def kv(tokens: int) -> tuple[Tensor, Tensor]:
         k, v = (torch.randn(tokens, GROUPS, DIM, device=args.device) for _ in range(2))
@@ -157,7 +165,7 @@ def decode_steps(requests: int, args: argparse.Namespace) -> Pair:
         ids = torch.rand(tokens, EXPERTS, device=args.device).topk(TOPK).indices
         return ids, torch.full(ids.shape, 1 / TOPK, device=args.device)
 
-    for request in everyone:
+    for request in range(requests):
         k, v = kv(args.step_context)
         ids, weights = routing(args.step_context)
         for cache in caches:
@@ -166,17 +174,23 @@ def decode_steps(requests: int, args: argparse.Namespace) -> Pair:
     k, v = kv(requests)
     ids, weights = routing(requests)
     q = torch.randn(requests, GROUPS * HEADS, DIM, device=args.device)
+    lengths = [args.step_context] * 2
+
+    def forward(cache: PiKVCache, of: range, at: int) -> None:
+        rows = slice(of.start, of.stop)
+        with cache.begin(Step(tuple(Segment(i, at, 1) for i in of))) as step:
+            step.append(0, k[rows], v[rows])
+            step.attend(0, q[rows])
+            step.observe_routing(0, ids[rows], weights[rows])
 
     def together() -> None:
-        caches[0].append_each(0, k, v, everyone)
-        caches[0].attend_each(0, q, everyone)
-        caches[0].observe_each(0, ids, weights, everyone)
+        forward(caches[0], range(requests), lengths[0])
+        lengths[0] += 1
 
     def apart() -> None:
-        for i in everyone:
-            caches[1].append(0, k[i : i + 1], v[i : i + 1], i)
-            caches[1].attend(0, q[i : i + 1], i)
-            caches[1].observe_routing(0, ids[i : i + 1], weights[i : i + 1], i)
+        for i in range(requests):
+            forward(caches[1], range(i, i + 1), lengths[1])
+        lengths[1] += 1
 
     return together, apart
 

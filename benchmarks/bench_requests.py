@@ -17,7 +17,7 @@ from common import Mark, keep_memory, machine, medians, parse, parser, print_mar
 from torch import Tensor
 
 from pikv_megatron import ops
-from pikv_megatron.reading.selection import count_of
+from pikv_megatron.reading.reader import count_of
 
 GROUPS, HEADS, DIM, BLOCK, WINDOW, READ = 8, 4, 128, 32, 160, 0.0625
 SCALE = DIM**-0.5

@@ -55,5 +55,8 @@ def fill(cache: Cache, source: DynamicCache) -> None:
         cache.update(layer.keys, layer.values, layer_id)
         if isinstance(cache, PiKVHFCache):
             cache.start(layer_id)
-            step = cache.plan(layer_id, 1, source.get_seq_length(), None)
-            cache.store(layer_id, step, layer.keys, layer.values)
+            cache.plan(layer_id, 1, source.get_seq_length(), None)
+            cache.store(layer_id, layer.keys, layer.values)
+    if isinstance(cache, PiKVHFCache):
+        cache._forward.step.end()
+        cache.finish(failed=False)

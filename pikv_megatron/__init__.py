@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActiveStep",
     "AttendResult",
+    "CacheEvents",
     "Compressor",
     "ConfigError",
     "ExpertKVCache",
@@ -23,6 +25,8 @@ __all__ = [
     "PoolFullError",
     "Retrieved",
     "RuntimeConfig",
+    "Segment",
+    "Step",
     "Streamer",
     "UnknownRequestError",
 ]

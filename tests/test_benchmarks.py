@@ -55,6 +55,7 @@ def test_attention_prints_every_row_and_mark():
         "ours int8",
         "ours int8, low rank 16",
         "top_k 6.25 % of pruned 25 %, int4",
+        "reader 6.25 % of pruned 25 %, int8",
     ):
         assert done.stdout.count(f"\n{row} ") == 2
     missing = [line for line in done.stdout.splitlines() if "not installed" in line]
@@ -70,11 +71,19 @@ def test_cache_prints_every_row_and_mark():
         "append 32 blocks",
         "select_topk",
         "attend_tokens",
-        "decode step of 1",
-        "decode step of 16",
+        *(f"{mode}, {requests} requests" for mode in ("exact", "top_k", "mass") for requests in (4, 16)),
     )
     assert all(re.search(rf"^{row} +([\d.]+ +){{2}}[\d.]+$", done.stdout, re.M) for row in rows)
-    assert len(re.findall(r"^mark: .+: wanted >= 1, got \d+\.\d\d(, missed)?$", done.stdout, re.M)) == 5
+    assert len(re.findall(r"^mark: .+: wanted >= 1(\.5)?, got \d+\.\d\d(, missed)?$", done.stdout, re.M)) == 5
+
+
+def test_requests_prints_every_op_and_mark():
+    done = run("bench_requests.py", "--context", "64", "--requests", "3", "--rounds", "1", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^([a-z_]+) +(?:[\d.]+ +){2}[\d.]+$", done.stdout, re.M)
+    assert {"attend_decode", "select_topk", "attend_mass", "window_importance"} <= set(rows)
+    marks = re.findall(r"^mark: ([a-z_]+), 1 threads, x apart: wanted >= 1, got \d+\.\d\d", done.stdout, re.M)
+    assert marks == rows
 
 
 @pytest.mark.slow

@@ -11,49 +11,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pikv_megatron.config import ModelConfig, RuntimeConfig
-from pikv_megatron.config.io import ConfigError
-
-PYRAMID_BETA = 20
-"""PyramidKV's steepness: with a total alone, the last layer gets 1/beta of an average layer's share above the floor."""
+from pikv_megatron.budgets import BUDGETS
+from pikv_megatron.config import ConfigError, ModelConfig, RuntimeConfig
 
 
 def layer_budgets(model: ModelConfig, runtime: RuntimeConfig) -> list[int] | None:
-    """Tokens of one request that each of model.full_layers may hold, C_i = C_1 - (i - 1) d, or None where budget.policy
-    is none.
-
-    Every layer needs at least sinks + window. With total_tokens and no step, the share above that floor falls
-    from layer to layer as in PyramidKV's code: its last layer gets 1/20 of the average.
+    """Tokens of one request that each of model.full_layers may hold, C_i = C_1 - (i - 1) d, or None where there is no
+    budget.
 
     Raises:
-        ConfigError: a layer's budget is below sinks + window; nothing is raised to it silently.
+        ConfigError: a layer's budget is below sinks + window, which every layer needs; nothing is raised to it.
     """
-    budget, layers = runtime.budget, len(model.full_layers)
-    if budget.policy == "none":
+    section, layers = runtime.budget, len(model.full_layers)
+    policy = BUDGETS.pick(section.policy)
+    if policy is None:
         return None
     floor = runtime.sinks + runtime.window
-    first: float
-    if budget.first_layer_tokens is not None:
-        first, step = float(budget.first_layer_tokens), float(budget.step or 0)
-        what = f"first_layer_tokens {budget.first_layer_tokens}, step {budget.step or 0}"
-    else:
-        assert budget.total_tokens is not None
-        average = budget.total_tokens / layers
-        what = f"total_tokens {budget.total_tokens}"
-        if budget.policy == "uniform" or layers == 1:
-            first, step = average, 0.0
-        elif budget.step is not None:
-            step = float(budget.step)
-            first = average + step * (layers - 1) / 2
-            what += f", step {budget.step}"
-        else:
-            above = average - floor
-            last_share = above / PYRAMID_BETA
-            first = floor + 2 * above - last_share
-            step = 2 * (above - last_share) / (layers - 1)
+    first, step = policy(section).layer_tokens(layers, floor)
     tokens = [int(first - i * step) for i in range(layers)]
     for layer_id, count in enumerate(tokens):
         if count < floor:
+            given = {
+                name: value
+                for name in ("first_layer_tokens", "total_tokens", "step")
+                if (value := getattr(section, name)) is not None
+            }
+            what = ", ".join(f"{name} {value}" for name, value in given.items())
             raise ConfigError(
                 f"runtime.budget ({what}): layer {model.full_layers[layer_id]} would get {count} tokens, "
                 f"expected at least sinks + window = {floor}"

@@ -60,22 +60,31 @@ def check_device(name: str, x: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
 
 
-def check_kv(k: Tensor, v: Tensor, model: ModelConfig, runtime: RuntimeConfig, largest: float) -> int:
-    """Checks k: [tokens, num_query_groups, head_dim] and v: the same with v_head_dim; returns tokens."""
+def check_kv(
+    k: Tensor, v: Tensor, model: ModelConfig, runtime: RuntimeConfig, largest: float, prompt: bool | None = None
+) -> int:
+    """Checks k: [tokens, num_query_groups, head_dim] and v: the same with v_head_dim; returns tokens. prompt: see
+    `check_finite`.
+    """
     device = runtime.torch_device
     tokens = check_tensor("k", k, (model.num_query_groups, model.head_dim), model.torch_dtype, device)
     values = check_tensor("v", v, (model.num_query_groups, model.value_dim), model.torch_dtype, device)
     if tokens != values:
         raise ValueError(f"v: expected as many tokens as k ({tokens}), got {values}")
-    check_finite("k", k, runtime, largest)
-    check_finite("v", v, runtime, largest)
+    check_finite("k", k, runtime, largest, prompt)
+    check_finite("v", v, runtime, largest, prompt)
     return tokens
 
 
-def check_finite(name: str, x: Tensor, runtime: RuntimeConfig, largest: float) -> None:
-    """Checks that x [tokens, ...] is finite and at most `largest` in magnitude, where runtime.check_finite asks."""
-    mode = runtime.check_finite
-    if mode == "always" or (mode == "auto" and (x.device.type == "cpu" or x.shape[0] > 1)):
+def check_finite(name: str, x: Tensor, runtime: RuntimeConfig, largest: float, prompt: bool | None = None) -> None:
+    """Checks that x [tokens, ...] is finite and at most `largest` in magnitude, where runtime.check_finite asks.
+
+    Args:
+        prompt: whether a prompt is among the tokens, behind whose work the wait for a GPU is hidden; None: if there are
+            several, since they are of one request.
+    """
+    mode, prompt = runtime.check_finite, x.shape[0] > 1 if prompt is None else prompt
+    if mode == "always" or (mode == "auto" and (x.device.type == "cpu" or prompt)):
         seen = _magnitude(x)
         if not seen <= largest:
             raise ValueError(f"{name}: expected finite values of magnitude at most {largest:g}, got {seen:g}")

@@ -7,6 +7,7 @@ of what the cache holds for an expert at that moment.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,10 +24,11 @@ from pikv_megatron.cache.checks import (
     check_tensor,
 )
 from pikv_megatron.cache.layout import gather_decoded, group_rows, ungroup
-from pikv_megatron.cache.memory import check_shard_memory
+from pikv_megatron.cache.memory import blocks_for, build_tier, check_shard_memory
 from pikv_megatron.codecs.compressor import LARGEST, Compressor
-from pikv_megatron.tiers.blocks import BlockPool, BlockTable, keeps_tensors
-from pikv_megatron.tiers.tiers import blocks_for, build_pool, resident
+from pikv_megatron.tiers import Tier
+from pikv_megatron.tiers.blocks import BlockPool, BlockTable
+from pikv_megatron.torch_mode import keeps_tensors
 
 
 class ExpertKVCache:
@@ -53,7 +55,7 @@ class ExpertKVCache:
         check_expert(expert_id, self.model)
         self.layer_id, self.expert_id = layer_id, expert_id
         self.compressor = Compressor(self.model, self.runtime)
-        self._pool: BlockPool | None = None
+        self._pool: Tier | None = None
         self._tables: dict[int, list[BlockTable]] = {}
         self._view = False
         self._seen: dict[BlockPool, int] = {}
@@ -66,7 +68,7 @@ class ExpertKVCache:
         layer_id: int,
         expert_id: int,
         tables: dict[int, list[BlockTable]],
-        pools: list[BlockPool],
+        pools: Sequence[BlockPool],
     ) -> ExpertKVCache:
         """A read-only shard over those of others' blocks that have this expert's label.
 
@@ -88,11 +90,11 @@ class ExpertKVCache:
 
     @property
     @keeps_tensors
-    def pool(self) -> BlockPool:
+    def pool(self) -> Tier:
         """This shard's own memory, allocated and touched at first use. Raises ConfigError where there is too little."""
         if self._pool is None:
             check_shard_memory(self.model, self.runtime)
-            self._pool = build_pool("device", blocks_for(self.runtime), self.runtime, self.compressor)
+            self._pool = build_tier(self.runtime.tiers[0], blocks_for(self.runtime), self.runtime, self.compressor)
         return self._pool
 
     def requests(self) -> list[int]:
@@ -146,7 +148,7 @@ class ExpertKVCache:
         table.extend(self.pool.allocate(count))
         ids = table.tensor[first:]
         self.compressor.write(self.pool.fields, ids, *(x.unflatten(0, (count, size)).transpose(1, 2) for x in (k, v)))
-        self.pool.describe(ids, starts, torch.full_like(starts, self.expert_id), None)
+        self.pool.describe(ids, starts, torch.full_like(starts, self.expert_id))
 
     @torch.no_grad()
     def attend(self, q: Tensor, request_id: int = 0) -> ops.Partial:
@@ -169,7 +171,7 @@ class ExpertKVCache:
         rows = group_rows(q, self.model.num_query_groups)
         partials = []
         for table in tables:
-            fields, ids = resident(table.pool, table.tensor, q.device)
+            fields, ids = table.pool.get(table.tensor, q.device).wait()
             keys, values = self.compressor.keys(fields), self.compressor.values(fields)
             partials.append(ops.attend_blocks(rows, keys, values, ids, self.model.scale))
         merged = ops.merge_partials(partials)

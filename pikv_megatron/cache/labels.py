@@ -6,11 +6,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pikv_megatron.cache.sealing import LayerState
+from pikv_megatron.cache.state import LayerState, Routing
 from pikv_megatron.config import ModelConfig
-
-Routing = dict[int, tuple[int, Tensor, Tensor]]
-"""Of one request, per MoE layer: length when it was observed, expert_ids and weights of the newest tokens then."""
 
 
 def observe(model: ModelConfig, routing: Routing, state: LayerState, expert_ids: Tensor, weights: Tensor) -> None:

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 
 from pikv_megatron.cache import checks
-from pikv_megatron.cache.labels import Routing
+from pikv_megatron.cache.events import CacheEvents
 from pikv_megatron.cache.layout import gather_decoded
-from pikv_megatron.cache.sealing import LayerState, Sealer
+from pikv_megatron.cache.sealing import Sealer
+from pikv_megatron.cache.state import LayerState, Request, Reservation
 from pikv_megatron.cache.window import LayerWindow, RawTokens, WindowBuffer
 from pikv_megatron.codecs.compressor import Compressor
 from pikv_megatron.config import RuntimeConfig
-from pikv_megatron.streamer.streamer import Streamer
-from pikv_megatron.tiers.blocks import BlockPool, BlockTable, PoolFullError
-
-
-@dataclass
-class Request:
-    """One request: its slot in every layer's window buffer, and its state in each layer."""
-
-    slot: int
-    layers: list[LayerState]
-    routing: Routing = field(default_factory=dict)
+from pikv_megatron.tiers import Tier
+from pikv_megatron.tiers.blocks import BlockTable, ImportanceRows, PoolFullError
 
 
 class Requests:
@@ -34,15 +26,16 @@ class Requests:
         self,
         runtime: RuntimeConfig,
         compressor: Compressor,
-        tiers: list[BlockPool],
+        tiers: Sequence[Tier],
         windows: list[WindowBuffer],
         sealer: Sealer,
-        streamer: Streamer,
+        importance: ImportanceRows | None,
+        listeners: Sequence[CacheEvents],
     ) -> None:
-        self._runtime, self._compressor = runtime, compressor
-        self._tiers, self._windows, self._sealer, self._streamer = tiers, windows, sealer, streamer
+        self._runtime, self._compressor, self._importance = runtime, compressor, importance
+        self._tiers, self._windows, self._sealer, self._listeners = tiers, windows, sealer, listeners
         self.live: dict[int, Request] = {}
-        self._free_slots = list(range(runtime.max_requests))
+        self._free_slots = list(range(runtime.max_requests))  # a heap: the lowest is taken first
 
     # ---- finding and making
 
@@ -71,13 +64,15 @@ class Requests:
     def create(self, request_id: int) -> Request:
         """A new request without tokens; raises PoolFullError where there is no slot."""
         self.check_slots([request_id])
-        slot = self._free_slots.pop(0)
+        slot = heapq.heappop(self._free_slots)
+        for memory in {id(window.memory): window.memory for window in self._windows}.values():
+            memory.clear_labels(slot)
         layers = [
             LayerState(
                 request_id,
                 layer_id,
                 LayerWindow(window, slot),
-                [BlockTable(pool) for pool in self._tiers],
+                [BlockTable(pool, self._importance) for pool in self._tiers],
                 window.sinks,
                 window.sliding,
                 sealed_end=window.sinks,
@@ -91,19 +86,29 @@ class Requests:
 
     def release(self, request_id: int) -> None:
         """Ends a request and frees its memory."""
+        self.forget(request_id)
+        for listener in self._listeners:
+            listener.released(request_id)
+
+    def forget(self, request_id: int) -> None:
+        """`release` of a request that nobody has heard of yet."""
         self._drop(self.get(request_id))
         del self.live[request_id]
-        self._streamer.released(request_id)
 
     def _drop(self, request: Request) -> None:
-        for tier, pool in enumerate(self._tiers):
-            pool.free(self._blocks_of(request, tier))
-        self._free_slots.append(request.slot)
+        for state in request.layers:
+            self._sealer.give_back(state)
+            for table in state.tables:
+                table.pool.free(table.clear())
+        heapq.heappush(self._free_slots, request.slot)
 
     def _blocks_of(self, request: Request, tier: int) -> list[int]:
         """A request's blocks in a tier, reserved ones included."""
-        reserved = [i for state in request.layers if state.reserved for i in state.reserved[tier]]
-        return [i for state in request.layers for i in state.tables[tier].ids] + reserved
+        reserved = [state.reserved for state in request.layers if state.reserved]
+        ids = [block_id for state in request.layers for block_id in state.tables[tier].ids]
+        if tier == 0:
+            return ids + [block_id for r in reserved for block_id in r.device]
+        return ids + [block_id for r in reserved for at, block_id in r.below if at == tier]
 
     # ---- copying
 
@@ -114,10 +119,10 @@ class Requests:
         if target in self.live:
             raise ValueError(f"target: expected a request that does not exist yet, {target} is live")
         self.check_slots([target])
-        for tier, pool in enumerate(self._tiers):
-            pool.check_free(self._copied_blocks(original, tier), f"fork of request {source}")
+        self._sealer.check_room(*self._copied_blocks(original, 1), f"fork of request {source}")
         self._copy(original, target)
-        self._streamer.forked(source, target)
+        for listener in self._listeners:
+            listener.forked(source, target)
 
     def reorder(self, request_ids: Sequence[int], sources: Sequence[int]) -> None:
         """See PiKVCache.reorder."""
@@ -128,10 +133,13 @@ class Requests:
             checks.check_request_id(source)
         goes_to = {source: [t for t, s in zip(request_ids, sources, strict=True) if s == source] for source in sources}
         unused = [requests[r] for r in request_ids if r not in goes_to]
-        for tier, pool in enumerate(self._tiers):
-            needed = sum(self._copied_blocks(requests[s], tier) * (len(to) - 1) for s, to in goes_to.items())
-            freed = pool.freed_by(i for request in unused for i in self._blocks_of(request, tier))
-            pool.check_free(needed - freed, f"reorder of requests {list(request_ids)}")
+        needed = [self._copied_blocks(requests[s], len(to) - 1) for s, to in goes_to.items()]
+        freed = [
+            pool.freed_by(i for request in unused for i in self._blocks_of(request, tier))
+            for tier, pool in enumerate(self._tiers)
+        ]
+        device, below = (sum(column) for column in zip(*needed, strict=True))
+        self._sealer.check_room(device - freed[0], below - sum(freed[1:]), f"reorder of requests {list(request_ids)}")
         for request in unused:
             self._drop(request)
         for request_id in request_ids:
@@ -147,29 +155,48 @@ class Requests:
                     self._copy(requests[source], target)
         for pool in self._tiers:
             pool.generation += 1
-        self._streamer.reordered(request_ids, sources)
+        for listener in self._listeners:
+            listener.reordered(request_ids, sources)
 
-    def _copied_blocks(self, request: Request, tier: int) -> int:
-        """Blocks that a copy of a request needs: reserved ones, and with a budget all, since it writes to them."""
-        if self._runtime.budget.policy != "none":
-            return len(self._blocks_of(request, tier))
-        return sum(len(state.reserved[tier]) for state in request.layers if state.reserved)
+    def _copied_blocks(self, request: Request, copies: int) -> tuple[int, int]:
+        """Blocks that copies of a request need on the device and below it: what is reserved, and, where one block is
+        to take another's place, a fresh one for each owner of that, since nobody writes to a block that is shared.
+        """
+        device = below = 0
+        for state in request.layers:
+            if copies and (reserved := state.reserved) is not None:
+                fresh = reserved.grows + self._replaced(state)
+                device += copies * fresh + fresh - len(reserved.device)
+                below += copies * len(reserved.below)
+        return device, below
+
+    def _replaced(self, state: LayerState) -> int:
+        """Entries of the device's table whose places the next seal may take."""
+        count = self._windows[state.layer_id].overflow(state.window.tokens)
+        assert state.reserved is not None
+        return min(count - state.reserved.grows, len(state.tables[0]))
 
     def _copy(self, original: Request, request_id: int) -> None:
         copy = self.create(request_id)
         copy.routing = {i: (n, ids.clone(), weights.clone()) for i, (n, ids, weights) in original.routing.items()}
         for ours, theirs in zip(copy.layers, original.layers, strict=True):
             ours.window.copy_from(theirs.window)
-            ours.length, ours.sealed_end = theirs.length, theirs.sealed_end
-            if theirs.reserved:
-                ours.reserved = [p.allocate(len(ids)) for p, ids in zip(self._tiers, theirs.reserved, strict=True)]
+            ours.committed, ours.sealed_end = theirs.committed, theirs.sealed_end
+            if (reserved := theirs.reserved) is not None:
+                fresh = reserved.grows + self._replaced(theirs)
+                reserved.device += self._tiers[0].allocate(fresh - len(reserved.device))
+                ours.reserved = Reservation(
+                    reserved.grows,
+                    self._tiers[0].allocate(fresh),
+                    [(tier, self._tiers[tier].allocate(1)[0]) for tier, _ in reserved.below],
+                    reserved.victim,
+                )
             for mine, table in zip(ours.tables, theirs.tables, strict=True):
-                if self._runtime.budget.policy == "none":
-                    table.pool.share(table.ids)
-                    mine.extend(table.ids)
-                elif len(table):
-                    mine.extend(table.pool.allocate(len(table)))
-                    table.pool.copy_from(mine.tensor, table.pool, table.tensor)
+                table.pool.share(table.ids)
+                rows = mine.extend(table.ids)
+                if self._importance is not None and rows:
+                    received = self._importance.tensor
+                    received[torch.tensor(rows)] = received[torch.tensor(table.rows)]
 
     # ---- cutting
 
@@ -196,7 +223,8 @@ class Requests:
             if length < state.length:
                 self._crop_layer(state, length)
         request.routing.clear()  # no layer has tokens to come that were observed already
-        self._streamer.cropped(request_id, length)
+        for listener in self._listeners:
+            listener.cropped(request_id, length)
 
     def _crop_layer(self, state: LayerState, length: int) -> None:
         self._sealer.seal(state)  # nothing waits then, and nothing is reserved
@@ -205,7 +233,7 @@ class Requests:
         else:
             state.window.keep(min(length, state.sinks))
             state.sealed_end = self._cut_blocks(state, max(length, state.sinks))
-        state.length = length
+        state.committed = length
 
     def _cut_blocks(self, state: LayerState, end: int) -> int:
         """Frees the blocks that reach beyond position `end`. One that begins before it goes back to the window.
@@ -215,17 +243,17 @@ class Requests:
         size, goes_on = self._runtime.block_size, end
         for table in state.tables:
             starts = table.pool.start[table.tensor].tolist()
-            leaving = {i: start for i, start in zip(table.ids, starts, strict=True) if start + size > end}
-            for block_id, start in leaving.items():
-                if start < end:
-                    self._reopen(state.window, table.pool, block_id, end - start)
-                    goes_on = start
-            table.remove(set(leaving))
-            table.pool.free(leaving)
+            leaving = [entry for entry, start in enumerate(starts) if start + size > end]
+            for entry in leaving:
+                if starts[entry] < end:
+                    self._reopen(state.window, table, entry, end - starts[entry])
+                    goes_on = starts[entry]
+            table.pool.free(table.remove(leaving))
         return goes_on
 
-    def _reopen(self, window: LayerWindow, pool: BlockPool, block_id: int, count: int) -> None:
-        """Decodes the first `count` tokens of a block into a window."""
+    def _reopen(self, window: LayerWindow, table: BlockTable, entry: int, count: int) -> None:
+        """Decodes the first `count` tokens of a table's block into a window."""
+        pool, block_id = table.pool, table.ids[entry]
         block = BlockTable(pool)
         block.extend([block_id])
         device = self._runtime.torch_device
@@ -233,5 +261,5 @@ class Requests:
         expert_ids = pool.label[block_id].to(device).expand(count, window.topk)
         weights = torch.zeros(count, window.topk, device=device)
         weights[:, 0] = 1.0
-        importance = None if pool.importance is None else pool.importance[block_id, :count].to(device)
-        window.extend(RawTokens(k.transpose(0, 1), v.transpose(0, 1), expert_ids, weights, importance))
+        received = None if table.importance is None else table.importance.tensor[table.rows[entry], :count]
+        window.extend(RawTokens(k.transpose(0, 1), v.transpose(0, 1), expert_ids, weights, received))

@@ -22,11 +22,11 @@ class AttendResult(NamedTuple):
 
     out: [tokens, num_attention_heads, v_head_dim] in q's dtype. lse: [tokens, num_attention_heads] float32, over what
     was read. missed_estimate, missed_certificate: [tokens, num_attention_heads] float32, the share of each head's
-    softmax, over what the cache stores, that was not read: expected, and never exceeded. Zero where everything was
+    softmax, over what the cache stores, that was not read: expected, and never exceeded; None where every token was
     read. The output is off by at most 2 * missed * max|v|.
     """
 
     out: Tensor
     lse: Tensor
-    missed_estimate: Tensor
-    missed_certificate: Tensor
+    missed_estimate: Tensor | None
+    missed_certificate: Tensor | None

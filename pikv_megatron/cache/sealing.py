@@ -1,55 +1,50 @@
 """Sealing: what happens to block_size tokens when they leave the window. They are labelled, encoded and placed; where
 a layer is over its budget, its least important blocks are dropped or demoted to the next tier.
 
-Memory is reserved when tokens are appended, so that sealing itself cannot fail. In decode one block is sealed at a
-time and nothing is copied to the host: over budget, the new block takes the place of the least important one, found
-and overwritten on the device.
+Memory is reserved when tokens are appended, so that sealing itself cannot fail. In decode one block at a time leaves a
+window; those of all layers and requests of a step are sealed together (`seal_full`), and over budget each takes the
+place of a block that was chosen when its memory was reserved. A prompt's blocks are sealed layer by layer (`prepare`),
+into memory that nobody else reads, so that a step can be undone (`undo`) until `finish`.
 """
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pikv_megatron.budgets import budget
-from pikv_megatron.cache.window import LayerWindow, RawTokens, WindowBuffer
+from pikv_megatron.cache.events import Blocks, CacheEvents
+from pikv_megatron.cache.state import LayerState, Leaving, OnHost, Reservation, Sealed, Victim
+from pikv_megatron.cache.window import RawTokens, WindowBuffer, WindowMemory
 from pikv_megatron.codecs.compressor import Compressor
 from pikv_megatron.config import ModelConfig, RuntimeConfig
-from pikv_megatron.streamer.streamer import Streamer
-from pikv_megatron.tiers.blocks import BlockPool, BlockTable
+from pikv_megatron.tiers import Tier
+from pikv_megatron.tiers.blocks import ImportanceRows, PoolFullError
 
 
-@dataclass
-class LayerState:
-    """One layer of one request: its raw tokens, its blocks in each tier, and the blocks reserved for the next seal."""
+class Needed(NamedTuple):
+    """What a seal of `blocks` blocks needs: free blocks on the device, and in the tiers below it together. grows: by
+    how many blocks the device's table will have grown then.
+    """
 
-    request_id: int
-    layer_id: int
-    window: LayerWindow
-    tables: list[BlockTable]
-    sinks: int
-    """First tokens, which stay raw."""
-    sliding: int | None
-    """W of a sliding-window layer: nothing is sealed, what is out of reach is forgotten."""
-    sealed_end: int
-    """Positions from the sinks up to here have been sealed, or forgotten."""
-    length: int = 0
-    """Positions appended so far."""
-    reserved: list[list[int]] = field(default_factory=list)
-    """Blocks per tier for the next seal; always as many as `overflow` will seal, less what a budget drops."""
+    blocks: int
+    device: int
+    below: int
+    grows: int
 
-    def newest_is_sealed(self, tokens: int = 1) -> bool:
-        """Whether some of the newest `tokens` tokens are in blocks already."""
-        return self.sinks < self.sealed_end and self.length - tokens < self.sealed_end
+
+NOTHING = Needed(0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
-class _Blocks:
-    """Blocks about to be encoded into their places: k, v [blocks, num_query_groups, block_size, channels], start,
-    label, importance (or None), each with a leading dimension of blocks.
+class _New:
+    """Blocks about to be encoded: k, v [blocks, num_query_groups, block_size, channels], start, label [blocks],
+    importance [blocks, block_size] or None.
     """
 
     k: Tensor
@@ -58,9 +53,13 @@ class _Blocks:
     label: Tensor
     importance: Tensor | None
 
-    def pick(self, index: Tensor) -> _Blocks:
-        importance = None if self.importance is None else self.importance[index]
-        return _Blocks(self.k[index], self.v[index], self.start[index], self.label[index], importance)
+    def pick(self, index: list[int]) -> _New:
+        """Some of them, or all, in the order of `index`."""
+        if index == list(range(len(self.start))):
+            return self
+        at = torch.tensor(index, dtype=torch.int64, device=self.k.device)
+        importance = None if self.importance is None else self.importance[at]
+        return _New(self.k[at], self.v[at], self.start[at], self.label[at], importance)
 
 
 class Sealer:
@@ -71,47 +70,110 @@ class Sealer:
         model: ModelConfig,
         runtime: RuntimeConfig,
         compressor: Compressor,
-        tiers: list[BlockPool],
+        tiers: Sequence[Tier],
         windows: list[WindowBuffer],
-        streamer: Streamer,
+        importance: ImportanceRows | None,
+        listeners: Sequence[CacheEvents],
     ) -> None:
-        self._windows = windows
-        self._model, self._runtime, self._compressor = model, runtime, compressor
-        self._tiers, self._streamer = tiers, streamer
+        self._windows, self._importance, self._listeners = windows, importance, listeners
+        self._compressor, self._tiers = compressor, tiers
+        self._experts, self._size = max(1, model.num_experts), runtime.block_size
         self._allowed = budget.allowed_blocks(model, runtime)
+        self._demotes = runtime.budget.over_budget == "demote"
         self.dropped = self.demoted = 0
         """Blocks that budgets have dropped and demoted so far, over all requests."""
 
-    def needed(self, layer_id: int, state: LayerState | None, tokens: int) -> list[int]:
-        """Blocks of each tier to reserve when `tokens` more are appended to a layer; state None: of a new request."""
-        buffer = self._windows[layer_id]
-        if buffer.sliding is not None:
-            return [0] * len(self._tiers)
-        raw, held = 0, 0
-        if state is not None:
-            raw, held = state.window.tokens, len(state.tables[0]) + (len(state.reserved[0]) if state.reserved else 0)
-        waiting = buffer.overflow(raw)  # has its reserved blocks, so that sealing it changes no pool's free count
-        needed = [buffer.overflow(raw - waiting * self._runtime.block_size + tokens)] + [0] * (len(self._tiers) - 1)
-        if self._allowed is not None:
-            over = max(0, needed[0] - max(0, self._allowed[layer_id] - held))
-            needed[0] -= over
-            if self._runtime.budget.over_budget == "demote":
-                needed[1] = over
-        return needed
+    # ---- memory
 
-    def check_room(self, needed: list[int], what: str) -> None:
-        """Raises PoolFullError where a tier has fewer free blocks than `needed`."""
-        for pool, blocks in zip(self._tiers, needed, strict=True):
-            pool.check_free(blocks, what)
+    def needed(self, layer_id: int, state: LayerState | None, tokens: int) -> Needed:
+        """What to reserve when `tokens` more are appended to a layer; state None: of a new request."""
+        buffer = self._windows[layer_id]
+        raw = 0 if state is None else state.window.tokens
+        waiting = buffer.overflow(raw)  # has its reserved blocks, so that sealing it changes no pool's free count
+        count = buffer.overflow(raw - waiting * self._size + tokens)
+        if not count or buffer.sliding is not None:
+            return NOTHING
+        if self._allowed is None:
+            return Needed(count, count, 0, count)
+        held = shared = 0
+        if state is not None:
+            table = state.tables[0]
+            held = len(table) + (state.reserved.grows if state.reserved else 0)
+            if table.pool.shared_blocks:
+                shared = sum(map(table.pool.is_shared, table.ids))
+        grows = min(count, max(0, self._allowed[layer_id] - held))
+        over = count - grows
+        return Needed(count, grows + min(over, shared), over if self._demotes else 0, grows)
+
+    def check_room(self, device: int, below: int, what: str) -> None:
+        """Raises PoolFullError where fewer blocks are free on the device, or in the tiers below it."""
+        self._tiers[0].check_free(device, what)
+        lower = self._tiers[1:]
+        free = sum(pool.free_blocks for pool in lower)
+        if below > free:
+            if len(lower) == 1:
+                lower[0].check_free(below, what)
+            kinds = ", ".join(pool.kind for pool in lower)
+            raise PoolFullError(
+                f"{what}: needs {below} blocks of {self._size} tokens in the tiers below the device ({kinds}), {free} "
+                "are free; release requests or raise tiers[].bytes"
+            )
+
+    def reserve(self, wanted: Sequence[tuple[LayerState, Needed]]) -> None:
+        """Takes the memory that the next seal of each of these states needs. There must be room."""
+        choose = []
+        for state, needed in wanted:
+            state.reserved = None
+            if needed.blocks:
+                device, below = self._tiers[0].allocate(needed.device), self._allocate_below(needed.below)
+                state.reserved = Reservation(needed.grows, device, below)
+                if needed.blocks == 1 and not needed.grows and len(state.tables[0]):
+                    choose.append(state)
+        for state, victim in zip(choose, self._victims(choose), strict=True):
+            assert state.reserved is not None
+            state.reserved.victim = victim
+
+    def _allocate_below(self, blocks: int) -> list[tuple[int, int]]:
+        """Blocks of the highest tiers below the device that have some, as (tier, block id)."""
+        found: list[tuple[int, int]] = []
+        for tier, pool in enumerate(self._tiers[1:], 1):
+            count = min(blocks - len(found), pool.free_blocks)
+            found += [(tier, block_id) for block_id in pool.allocate(count)]
+        return found
+
+    def _victims(self, states: Sequence[LayerState]) -> list[Victim]:
+        """The least important entry of each state's device table; of equals the first."""
+        if not states:
+            return []
+        assert self._importance is not None
+        rows = torch.nn.utils.rnn.pad_sequence(
+            [state.tables[0].row_tensor for state in states], batch_first=True, padding_value=-1
+        )
+        received = self._importance.tensor[rows.clamp(min=0)].sum(-1)
+        chosen = OnHost(received.masked_fill_(rows < 0, torch.inf).argmin(1))
+        return [Victim(chosen, i) for i in range(len(states))]
+
+    def give_back(self, state: LayerState) -> None:
+        """Frees what was reserved for a seal that will not come."""
+        reserved, state.reserved = state.reserved, None
+        if reserved is not None:
+            self._tiers[0].free(reserved.device)
+            self._free_below(reserved.below)
+
+    def _free_below(self, places: Sequence[tuple[int, int]]) -> None:
+        for tier, block_id in places:
+            self._tiers[tier].free([block_id])
+
+    # ---- outside of a step
 
     def make_room(self, state: LayerState, tokens: int) -> None:
         """Seals what has left the window already, and reserves what sealing will need once `tokens` more have been
         appended. Raises PoolFullError; nothing was sealed or reserved then.
         """
         needed = self.needed(state.layer_id, state, tokens)
-        self.check_room(needed, f"request {state.request_id}, layer {state.layer_id}")
+        self.check_room(needed.device, needed.below, f"request {state.request_id}, layer {state.layer_id}")
         self.seal(state)
-        state.reserved = [pool.allocate(blocks) for pool, blocks in zip(self._tiers, needed, strict=True)]
+        self.reserve([(state, needed)])
 
     def seal(self, state: LayerState) -> None:
         """Seals every whole block that has left the window, into the memory reserved for it; a sliding-window layer
@@ -120,95 +182,230 @@ class Sealer:
         count = self._windows[state.layer_id].overflow(state.window.tokens)
         if not count:
             return
-        tokens = count * self._runtime.block_size
-        if state.sliding is not None:
-            state.window.drop(tokens)
-            state.sealed_end += tokens
-            return
-        blocks = self._blocks(state.window.oldest(tokens), state.sealed_end)
-        reserved, state.reserved = state.reserved, []
-        if len(reserved[0]) == count:
-            self._place(state, 0, blocks, reserved[0])
-        elif count == 1:
-            self._displace_one(state, blocks, reserved)
+        if state.window.is_waiting:
+            self.prepare(state, None)
+            self.finish(state)
         else:
-            self._displace(state, blocks, reserved)
-        encode = functools.partial(self._compressor.encode, blocks.k, blocks.v)
-        self._streamer.sealed(state.request_id, state.layer_id, state.sealed_end, encode, blocks.label)
-        state.window.drop(tokens)  # `blocks` may be views of what this overwrites
-        state.sealed_end += tokens
+            self.seal_full([state], None)
 
-    def _blocks(self, raw: RawTokens, start: int) -> _Blocks:
-        size = self._runtime.block_size
-        count = raw.tokens // size
-        k, v = (x.unflatten(1, (count, size)).transpose(0, 1) for x in (raw.k, raw.v))
-        starts = torch.arange(start, start + raw.tokens, size, device=k.device)
-        importance = None if raw.importance is None else raw.importance.unflatten(0, (count, size))
-        return _Blocks(k, v, starts, self._label(raw, count), importance)
+    # ---- a prompt's blocks
 
-    def _label(self, raw: RawTokens, count: int) -> Tensor:
-        """The expert with the largest gate weight summed over each block's tokens; 0 where nothing was observed."""
-        votes = raw.weights.new_zeros(count, max(1, self._model.num_experts))
-        votes.scatter_add_(1, raw.expert_ids.reshape(count, -1), raw.weights.reshape(count, -1))
+    def prepare(self, state: LayerState, step_id: int | None) -> None:
+        """Seals what has left a window with a chunk waiting beside it, so that `undo` can take it back."""
+        count = self._windows[state.layer_id].overflow(state.window.tokens)
+        state.sealed = Sealed([len(table) for table in state.tables], state.sealed_end, None)
+        if count and state.sliding is None:
+            new = self._new(state.window.oldest(count * self._size), state.sealed_end)
+            state.sealed.leaving = self._place_prompt(state, new, step_id)
+        state.window.settle(count * self._size)
+        state.sealed_end += count * self._size
+
+    def _place_prompt(self, state: LayerState, new: _New, step_id: int | None) -> Leaving | None:
+        """Writes new blocks where nothing is; returns what must wait until the step is committed."""
+        reserved, state.reserved = state.reserved, None
+        assert reserved is not None
+        count, table = len(new.start), state.tables[0]
+        if reserved.grows == count:
+            self._place(state, 0, new, reserved.device, step_id)
+            return None
+        held, over = len(table), count - reserved.grows
+        if reserved.victim is not None:
+            losers = [reserved.victim.read()]
+        elif held == 0 and count == over:
+            losers = list(range(count))
+        else:
+            assert self._importance is not None and new.importance is not None
+            competing = torch.cat([self._importance.tensor.index_select(0, table.row_tensor), new.importance])
+            losers = budget.least_important(competing, over).tolist()
+        old = sorted(i for i in losers if i < held)
+        lost = sorted(i - held for i in losers if i >= held)
+        come = sorted(set(range(count)).difference(lost))
+        now, late = come[: reserved.grows], come[reserved.grows :]
+        if now:
+            self._place(state, 0, new.pick(now), reserved.device[: reserved.grows], step_id)
+        for tier, places in _by_tier(reserved.below[len(old) :]).items():
+            self._place(state, tier, new.pick([lost[i] for i, _ in places]), [b for _, b in places], step_id)
+        comes = new.pick(late)
+        fields = self._compressor.encode(comes.k, comes.v) if late else {}
+        importance = comes.k.new_zeros(0) if comes.importance is None else comes.importance.clone()
+        fresh, below = reserved.device[reserved.grows :], reserved.below[: len(old)]
+        return Leaving(len(lost), old, below, fresh, fields, comes.start, comes.label, importance)
+
+    def finish(self, state: LayerState) -> None:
+        """Makes a seal final."""
+        sealed, state.sealed = state.sealed, None
+        state.window.commit()
+        if sealed is None or sealed.leaving is None:
+            return
+        leaving, table = sealed.leaving, state.tables[0]
+        self._count(leaving.lost)
+        targets: Sequence[tuple[int, int] | None] = leaving.below or [None] * len(leaving.entries)
+        gone = [(state, entry, below) for entry, below in zip(leaving.entries, targets, strict=True)]
+        ids = self._displace(gone, leaving.fresh)
+        if len(ids):
+            at = torch.tensor(ids, dtype=torch.int64, device=table.pool.device)
+            for name, encoded in leaving.fields.items():
+                table.pool.fields[name].index_copy_(0, at, encoded)
+            table.pool.describe(at, leaving.start, leaving.label)
+            self._enter(state, 0, ids, leaving.importance, None)
+
+    def undo(self, state: LayerState) -> None:
+        """Takes back what a step has brought to a layer."""
+        sealed, state.sealed = state.sealed, None
+        if sealed is not None:
+            for table, length in zip(state.tables, sealed.tables, strict=True):
+                table.pool.free(table.remove(range(length, len(table))))
+            state.sealed_end = sealed.sealed_end
+            if sealed.leaving is not None:
+                self._tiers[0].free(sealed.leaving.fresh)
+                self._free_below(sealed.leaving.below)
+        self.give_back(state)
+        state.window.discard()
+        state.staged = 0
+
+    # ---- one block each
+
+    def seal_full(self, states: Sequence[LayerState], step_id: int | None) -> None:
+        """Seals the oldest block of each of these states, whose windows are full, all at once."""
+        by_memory: dict[int, list[LayerState]] = defaultdict(list)
+        for state in states:
+            by_memory[id(state.window.buffer.memory)].append(state)
+        for group in by_memory.values():
+            memory = group[0].window.buffer.memory
+            layers = torch.tensor([state.window.buffer.index for state in group], device=memory.k.device)
+            slots = torch.tensor([state.window.index for state in group], device=memory.k.device)
+            if memory.sliding is None:
+                self._place_full(group, memory, layers, slots, step_id)
+            memory.drop_block(layers, slots)
+            for state in group:
+                state.window.held -= self._size
+                state.sealed_end += self._size
+
+    def _place_full(
+        self, states: list[LayerState], memory: WindowMemory, layers: Tensor, slots: Tensor, step_id: int | None
+    ) -> None:
+        raw = memory.at(layers, slots, memory.sinks, memory.sinks + self._size)
+        starts = torch.tensor([state.sealed_end for state in states], device=raw.k.device)
+        new = _New(raw.k, raw.v, starts, self._label(raw.expert_ids, raw.weights), raw.importance)
+        targets: dict[int, list[tuple[int, int]]] = defaultdict(list)  # tier: which of the states, block id
+        displaced = []
+        for i, state in enumerate(states):
+            reserved, state.reserved = state.reserved, None
+            assert reserved is not None
+            if reserved.victim is not None:
+                below = reserved.below[0] if reserved.below else None
+                displaced.append((i, (state, reserved.victim.read(), below), reserved.device))
+            elif reserved.grows:
+                targets[0].append((i, reserved.device[0]))
+            else:
+                self._count(1)
+                for tier, block_id in reserved.below:
+                    targets[tier].append((i, block_id))
+        if displaced:
+            fresh = [block_id for *_, blocks in displaced for block_id in blocks]
+            ids = self._displace([gone for _, gone, _ in displaced], fresh)
+            targets[0] += [(i, block_id) for (i, *_), block_id in zip(displaced, ids, strict=True)]
+        for tier, found in targets.items():
+            here = new.pick([i for i, _ in found])
+            self._write(tier, here, [block_id for _, block_id in found])
+            for row, (i, block_id) in enumerate(found):
+                importance = None if here.importance is None else here.importance[row : row + 1]
+                self._enter(states[i], tier, [block_id], importance, step_id)
+
+    # ---- placing
+
+    def _displace(
+        self, leaving: Sequence[tuple[LayerState, int, tuple[int, int] | None]], fresh: list[int]
+    ) -> list[int]:
+        """Takes entries out of device tables, to a lower tier or away: (state, entry, where to). An entry of a state
+        must be its only one here, or all of them ascend.
+
+        Returns: a block of the device for what comes in the place of each: its own, or a fresh one where others share
+        that. Fresh ones that are not needed are freed.
+        """
+        pool = self._tiers[0]
+        self._count(len(leaving))
+        down: dict[int, list[tuple[int, int, int, int]]] = defaultdict(list)  # tier: ids and rows, from and to
+        for state, entry, below in leaving:
+            table = state.tables[0]
+            source = Blocks(state.request_id, state.layer_id, (table.ids[entry],), pool)
+            if below is None:
+                for listener in self._listeners:
+                    listener.evicted(source)
+                continue
+            tier, block_id = below
+            rows = state.tables[tier].extend([block_id])
+            down[tier].append((table.ids[entry], block_id, table.rows[entry], rows[0]))
+        for tier, moves in down.items():
+            source_ids, target_ids, source_rows, target_rows = torch.tensor(moves).unbind(1)
+            self._tiers[tier].copy_from(target_ids, pool, source_ids)
+            assert self._importance is not None
+            received = self._importance.tensor
+            received[target_rows.to(received.device)] = received[source_rows.to(received.device)]
+        if self._listeners:
+            for state, entry, below in leaving:
+                if below is not None:
+                    names = state.request_id, state.layer_id
+                    source = Blocks(*names, (state.tables[0].ids[entry],), pool)
+                    for listener in self._listeners:
+                        listener.moved(source, Blocks(*names, (below[1],), self._tiers[below[0]]))
+        given, fresh = [], list(fresh)
+        for state, entry, _ in reversed(leaving):
+            (block_id,) = state.tables[0].remove([entry])
+            if pool.is_shared(block_id):
+                pool.free([block_id])
+                block_id = fresh.pop()
+            given.append(block_id)
+        pool.free(fresh)
+        return given[::-1]
+
+    def _place(self, state: LayerState, tier: int, new: _New, ids: list[int], step_id: int | None) -> None:
+        """Writes new blocks to `ids` of a tier and enters them in the request's table."""
+        self._write(tier, new, ids)
+        self._enter(state, tier, ids, new.importance, step_id)
+
+    def _write(self, tier: int, new: _New, ids: list[int]) -> None:
+        pool = self._tiers[tier]
+        at = torch.tensor(ids, dtype=torch.int64, device=pool.device)
+        self._compressor.write(pool.fields, at, new.k, new.v)
+        pool.describe(at, new.start, new.label)
+
+    def _enter(
+        self, state: LayerState, tier: int, ids: list[int], importance: Tensor | None, step_id: int | None
+    ) -> None:
+        rows = state.tables[tier].extend(ids)
+        if self._importance is not None and importance is not None:
+            at = torch.tensor(rows, dtype=torch.int64, device=self._importance.tensor.device)
+            self._importance.tensor.index_copy_(0, at, importance)
+        for listener in self._listeners:
+            listener.sealed(step_id, Blocks(state.request_id, state.layer_id, tuple(ids), self._tiers[tier]))
+
+    def _new(self, raw: RawTokens, start: int) -> _New:
+        count = raw.tokens // self._size
+        k, v = (x.unflatten(1, (count, self._size)).transpose(0, 1) for x in (raw.k, raw.v))
+        starts = torch.arange(start, start + raw.tokens, self._size, device=k.device)
+        importance = None if raw.importance is None else raw.importance.unflatten(0, (count, self._size))
+        ids, weights = (x.unflatten(0, (count, self._size)) for x in (raw.expert_ids, raw.weights))
+        return _New(k, v, starts, self._label(ids, weights), importance)
+
+    def _label(self, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """The expert with the largest gate weight summed over each block's tokens [blocks, block_size, topk]; 0 where
+        nothing was observed.
+        """
+        votes = weights.new_zeros(weights.shape[0], self._experts)
+        votes.scatter_add_(1, expert_ids.flatten(1), weights.flatten(1))
         return votes.argmax(1)
 
-    def _write(self, blocks: _Blocks, pool: BlockPool, ids: Tensor) -> None:
-        self._compressor.write(pool.fields, ids, blocks.k, blocks.v)
-        pool.describe(ids, blocks.start, blocks.label, blocks.importance)
-
-    def _place(self, state: LayerState, tier: int, blocks: _Blocks, ids: list[int]) -> None:
-        """Writes new blocks to `ids` of a tier and enters them in the request's table."""
-        table = state.tables[tier]
-        first = len(table)
-        table.extend(ids)
-        self._write(blocks, table.pool, table.tensor[first:])
-
-    def _left(self, blocks: int) -> None:
-        if self._runtime.budget.over_budget == "demote":
+    def _count(self, blocks: int) -> None:
+        if self._demotes:
             self.demoted += blocks
         else:
             self.dropped += blocks
 
-    def _displace_one(self, state: LayerState, block: _Blocks, reserved: list[list[int]]) -> None:
-        """Decode, over budget: the block takes the place of the layer's least important one."""
-        device = state.tables[0]
-        demote = self._runtime.budget.over_budget == "demote"
-        if not len(device):  # no sealed block is allowed here at all
-            if demote:
-                self._place(state, 1, block, reserved[1])
-        else:
-            assert device.pool.importance is not None
-            ids = device.tensor
-            victim = ids[budget.least_important(device.pool.importance.index_select(0, ids), 1)]
-            if demote:
-                below = state.tables[1]
-                below.extend(reserved[1])
-                below.pool.copy_from(below.tensor[-1:], device.pool, victim)
-            self._write(block, device.pool, victim)
-        self._left(1)
 
-    def _displace(self, state: LayerState, blocks: _Blocks, reserved: list[list[int]]) -> None:
-        """Prefill, over budget: old and new blocks compete; the least important ones leave or are never written."""
-        device, held = state.tables[0], list(state.tables[0].ids)
-        pool, count = device.pool, len(blocks.start)
-        assert pool.importance is not None and blocks.importance is not None
-        over = count - len(reserved[0])
-        competing = torch.cat([pool.importance.index_select(0, device.tensor), blocks.importance])
-        losers = budget.least_important(competing, over).tolist()
-        old = [held[i] for i in losers if i < len(held)]
-        new_losers = torch.tensor(
-            sorted(i - len(held) for i in losers if i >= len(held)), dtype=torch.int64, device=pool.device
-        )
-        stays = torch.ones(count, dtype=torch.bool, device=pool.device)
-        stays[new_losers] = False
-        if self._runtime.budget.over_budget == "demote":
-            below = state.tables[1]
-            first = len(below)
-            below.extend(reserved[1])
-            moved = below.tensor[first : first + len(old)]
-            if old:
-                below.pool.copy_from(moved, pool, torch.tensor(old, device=pool.device))
-            self._write(blocks.pick(new_losers), below.pool, below.tensor[first + len(old) :])
-        self._left(over)
-        device.remove(set(old))
-        self._place(state, 0, blocks.pick(stays.nonzero().flatten()), old + reserved[0])
+def _by_tier(places: Sequence[tuple[int, int]]) -> dict[int, list[tuple[int, int]]]:
+    """Places (tier, block id) as tier: (which of them, block id)."""
+    found: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for i, (tier, block_id) in enumerate(places):
+        found[tier].append((i, block_id))
+    return found

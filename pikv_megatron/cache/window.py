@@ -1,11 +1,15 @@
 """The raw tokens of a layer: sinks, window, and what has not been sealed yet, in the model's dtype on the request's
 home rank.
 
-`WindowBuffer` is one layer's memory for all request slots, allocated once. `LayerWindow` is one request's part of it.
-A buffer holds sinks + window + block_size tokens: in decode a token is written in place, and when block_size tokens
-have left the window they are taken off its front. A prompt chunk that does not fit waits beside the buffer, whole,
-until it has been attended to and labelled, since its own attention reads raw K/V; it is gone once its blocks are
-sealed.
+`WindowMemory` is the memory of all layers of one shape, for all request slots, allocated once; `WindowBuffer` is one
+layer's part of it, `LayerWindow` one request's part of that. A slot holds sinks + window + block_size tokens: in decode
+a token is written in place, and when block_size tokens have left the window they are taken off its front. A prompt
+chunk that does not fit waits beside the buffer, whole, until it has been attended to and labelled, since its own
+attention reads raw K/V; it is gone once its blocks are sealed.
+
+Within a step nothing that was committed is overwritten: new tokens are staged behind it or beside it, and what a window
+will be once its step is committed is kept beside it, too (`settle`). `commit` keeps what is staged, `discard` forgets
+it.
 """
 
 from __future__ import annotations
@@ -77,16 +81,14 @@ def raw_positions(tokens: int, sinks: int, sealed_end: int, device: torch.device
     return torch.where(places < sinks, places, places - sinks + sealed_end)
 
 
-def window_capacity(model: ModelConfig, runtime: RuntimeConfig, layer_id: int) -> int:
-    """Raw tokens that a request has room for in a layer's buffer."""
-    sliding = model.sliding_window(layer_id)
-    reach = runtime.window + (runtime.sinks if sliding is None else sliding)
-    return reach + runtime.block_size
+def window_capacity(runtime: RuntimeConfig, sliding: int | None) -> int:
+    """Raw tokens that a request has room for in a layer; sliding: what the layer's window reaches, None for all."""
+    return runtime.window + (runtime.sinks if sliding is None else sliding) + runtime.block_size
 
 
-def window_fields(model: ModelConfig, runtime: RuntimeConfig, layer_id: int) -> dict[str, Field]:
-    """Name, shape and dtype of each tensor of one request's slot in a layer's buffer."""
-    capacity, groups = window_capacity(model, runtime, layer_id), model.num_query_groups
+def window_fields(model: ModelConfig, runtime: RuntimeConfig, sliding: int | None) -> dict[str, Field]:
+    """Name, shape and dtype of each tensor of one request's slot in one layer; sliding: as for `window_capacity`."""
+    capacity, groups = window_capacity(runtime, sliding), model.num_query_groups
     topk = model.topk if model.num_experts else 1
     fields = {
         "k": Field((groups, capacity, model.head_dim), model.torch_dtype),
@@ -94,29 +96,92 @@ def window_fields(model: ModelConfig, runtime: RuntimeConfig, layer_id: int) -> 
         "expert_ids": Field((capacity, topk), torch.int64),
         "weights": Field((capacity, topk), torch.float32),
     }
-    if runtime.budget.policy != "none" and model.sliding_window(layer_id) is None:
+    if runtime.budget.policy != "none" and sliding is None:
         fields["importance"] = Field((capacity,), torch.float32)
     return fields
 
 
-class WindowBuffer:
-    """Raw-token memory of one layer: a slot per live request.
+class WindowMemory:
+    """Raw-token memory of layers of one shape: tensors [layers, slots, ...].
 
     A sliding-window layer has no sinks, and keeps what its window reaches beside the newest runtime.window tokens, so
-    that those can be taken back (`PiKVCache.crop`).
+    that those can be taken back (`PiKVCache.crop`). Labels and importance beyond what a slot holds are zero.
     """
 
-    def __init__(self, model: ModelConfig, runtime: RuntimeConfig, layer_id: int) -> None:
-        self.sliding = model.sliding_window(layer_id)
-        self.sinks = runtime.sinks if self.sliding is None else 0
-        self.capacity, self._block_size = window_capacity(model, runtime, layer_id), runtime.block_size
-        self._window = self.capacity - self.sinks - self._block_size
+    def __init__(self, model: ModelConfig, runtime: RuntimeConfig, layers: int, sliding: int | None) -> None:
+        self.sliding = sliding
+        self.sinks = runtime.sinks if sliding is None else 0
+        self.capacity, self.block_size = window_capacity(runtime, sliding), runtime.block_size
+        self.window = self.capacity - self.sinks - self.block_size
+        count, device = (layers, runtime.max_requests), runtime.torch_device
         slots = {
-            name: torch.zeros(runtime.max_requests, *field.shape, dtype=field.dtype, device=runtime.torch_device)
-            for name, field in window_fields(model, runtime, layer_id).items()
+            name: torch.zeros(*count, *field.shape, dtype=field.dtype, device=device)
+            for name, field in window_fields(model, runtime, sliding).items()
         }
         self.k, self.v, self.importance = slots["k"], slots["v"], slots.get("importance")
         self.expert_ids, self.weights = slots["expert_ids"], slots["weights"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it, from the tensors' storage."""
+        tensors = (self.k, self.v, self.expert_ids, self.weights, self.importance)
+        return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
+
+    def at(self, layers: Tensor, slots: Tensor, first: int, last: int) -> RawTokens:
+        """Copies of tokens `first` up to `last` of several slots: layers, slots [n]; a leading dimension of n."""
+        importance = None if self.importance is None else self.importance[layers, slots, first:last]
+        return RawTokens(
+            self.k[layers, slots, :, first:last],
+            self.v[layers, slots, :, first:last],
+            self.expert_ids[layers, slots, first:last],
+            self.weights[layers, slots, first:last],
+            importance,
+        )
+
+    def drop_block(self, layers: Tensor, slots: Tensor) -> None:
+        """Forgets the oldest block behind the sinks of several full slots: layers, slots [n]."""
+        first, last = self.sinks, self.capacity - self.block_size
+        kept = self.at(layers, slots, first + self.block_size, self.capacity)
+        self.k[layers, slots, :, first:last] = kept.k
+        self.v[layers, slots, :, first:last] = kept.v
+        self.expert_ids[layers, slots, first:last] = kept.expert_ids
+        self.weights[layers, slots, first:last] = kept.weights
+        self.expert_ids[layers, slots, last:] = 0
+        self.weights[layers, slots, last:] = 0.0
+        if self.importance is not None and kept.importance is not None:
+            self.importance[layers, slots, first:last] = kept.importance
+            self.importance[layers, slots, last:] = 0.0
+
+    def clear_labels(self, slot: int) -> None:
+        """Forgets what a slot's last owner left of labels and importance."""
+        self.expert_ids[:, slot].zero_()
+        self.weights[:, slot].zero_()
+        if self.importance is not None:
+            self.importance[:, slot].zero_()
+
+
+class WindowBuffer:
+    """Raw-token memory of one layer: a slot per live request."""
+
+    def __init__(self, memory: WindowMemory, index: int) -> None:
+        self.memory, self.index = memory, index
+        self.sliding, self.sinks, self.capacity = memory.sliding, memory.sinks, memory.capacity
+        self._take_views()
+
+    def _take_views(self) -> None:
+        memory, index = self.memory, self.index
+        self.k, self.v = memory.k[index], memory.v[index]
+        self.expert_ids, self.weights = memory.expert_ids[index], memory.weights[index]
+        self.importance = None if memory.importance is None else memory.importance[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the views: pickle would make memory of their own of them."""
+        views = ("k", "v", "expert_ids", "weights", "importance")
+        return {name: value for name, value in vars(self).items() if name not in views}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._take_views()
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -125,34 +190,47 @@ class WindowBuffer:
 
     def overflow(self, tokens: int) -> int:
         """Whole blocks that have left the window of a request with `tokens` raw tokens."""
-        return max(0, (tokens - self.sinks - self._window) // self._block_size)
+        return max(0, (tokens - self.sinks - self.memory.window) // self.memory.block_size)
 
-    def append_each(self, windows: list[LayerWindow], k: Tensor, v: Tensor) -> None:
-        """Adds one token to each of different windows of this buffer, as LayerWindow.append does to one: k, v [windows,
-        num_query_groups, channels].
+    def append_each(self, windows: list[LayerWindow], k: Tensor, v: Tensor, slots: Tensor, places: Tensor) -> None:
+        """Stages one token in each of several windows of this buffer: k, v, slots, places [windows, ..]; places are
+        their `in_buffer`.
         """
-        places = torch.tensor([(w.index, w.take_place()) for w in windows]).to(k.device)
-        slots, at = places.unbind(1)
-        self.k[slots, :, at] = k
-        self.v[slots, :, at] = v
-        self.expert_ids[slots, at] = 0
-        self.weights[slots, at] = 0.0
-        if self.importance is not None:
-            self.importance[slots, at] = 0.0
+        self.k[slots, :, places] = k
+        self.v[slots, :, places] = v
+        for window in windows:
+            assert window.in_buffer < self.capacity and not window.is_waiting
+            window.staged += 1
+
+    def label_each(self, slots: Tensor, places: Tensor, expert_ids: Tensor, weights: Tensor) -> None:
+        """Labels one token in each of several slots: all [windows, ..]."""
+        self.expert_ids[slots, places] = expert_ids.to(torch.int64)
+        self.weights[slots, places] = weights.to(torch.float32)
 
     def slot(self, index: int) -> RawTokens:
         importance = None if self.importance is None else self.importance[index]
         return RawTokens(self.k[index], self.v[index], self.expert_ids[index], self.weights[index], importance)
 
 
+def window_buffers(model: ModelConfig, runtime: RuntimeConfig) -> list[WindowBuffer]:
+    """One buffer per layer of the model; layers of one shape lie in one memory."""
+    windows = [model.sliding_window(layer_id) for layer_id in range(model.num_layers)]
+    memories = {w: WindowMemory(model, runtime, windows.count(w), w) for w in dict.fromkeys(windows)}
+    return [WindowBuffer(memories[w], windows[:layer_id].count(w)) for layer_id, w in enumerate(windows)]
+
+
 class LayerWindow:
     """One request's raw tokens in one layer. `tokens` counts them, waiting ones included."""
 
     def __init__(self, buffer: WindowBuffer, slot: int) -> None:
-        self.index, self._buffer, self._slot = slot, buffer, buffer.slot(slot)
+        self.index, self.buffer, self._slot = slot, buffer, buffer.slot(slot)
         self._capacity, self._sinks = buffer.capacity, buffer.sinks
-        self._in_buffer = 0
+        self.held = 0
+        """Tokens in the buffer that are there to stay."""
+        self.staged = 0
+        """Tokens behind them that a step has brought, until it is committed."""
         self._waiting: RawTokens | None = None
+        self._after: RawTokens | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the views of the buffer: pickle would make memory of their own of them."""
@@ -160,7 +238,7 @@ class LayerWindow:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._slot = self._buffer.slot(self.index)
+        self._slot = self.buffer.slot(self.index)
 
     @property
     def topk(self) -> int:
@@ -169,51 +247,90 @@ class LayerWindow:
 
     @property
     def tokens(self) -> int:
-        return self._in_buffer + (0 if self._waiting is None else self._waiting.tokens)
+        if self._after is not None:
+            return self._after.tokens
+        return self.in_buffer + (0 if self._waiting is None else self._waiting.tokens)
+
+    @property
+    def in_buffer(self) -> int:
+        return self.held + self.staged
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a prompt chunk waits beside the buffer."""
+        return self._waiting is not None
+
+    @property
+    def beside(self) -> bool:
+        """Whether there is anything beside the buffer."""
+        return self._waiting is not None or self._after is not None
 
     @property
     def waiting_bytes(self) -> int:
-        """Bytes of a prompt chunk that waits to be sealed."""
-        return 0 if self._waiting is None else sum(t.untyped_storage().nbytes() for t in self._waiting if t is not None)
+        """Bytes beside the buffer: of a prompt chunk that waits to be sealed, of what the window will be after it."""
+        beside = (*(self._waiting or ()), *(self._after or ()))
+        return sum(t.untyped_storage().nbytes() for t in beside if t is not None)
 
-    def take_place(self) -> int:
-        """Where in the buffer the next token goes, which is then taken; nothing may be waiting."""
-        assert self._waiting is None and self._in_buffer < self._capacity
-        self._in_buffer += 1
-        return self._in_buffer - 1
+    # ---- what a step has brought
+
+    def settle(self, sealed: int) -> None:
+        """Of all raw tokens, keeps beside the buffer what stays once the oldest `sealed` behind the sinks are gone."""
+        sinks, kept = self._part(0, self._sinks), self._part(self._sinks + sealed, self.tokens)
+        self._after = concatenate([sinks, kept]).clone()
+        self._waiting = None
+
+    def commit(self) -> None:
+        """Keeps what is staged. A chunk that waits goes on waiting."""
+        if self._after is None:
+            self.held, self.staged = self.held + self.staged, 0
+            return
+        after = self._after
+        self._slot.slice(0, after.tokens).copy_(after)
+        self._clear_behind(after.tokens)
+        self.held, self.staged, self._after = after.tokens, 0, None
+
+    def discard(self) -> None:
+        """Forgets what is staged, and what waits."""
+        self._waiting = self._after = None
+        self.staged = 0
+        self._clear_behind(self.held)
+
+    def _clear_behind(self, tokens: int) -> None:
+        self._slot.expert_ids[tokens:].zero_()
+        self._slot.weights[tokens:].zero_()
+        if self._slot.importance is not None:
+            self._slot.importance[tokens:].zero_()
+
+    # ---- writing
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Adds k, v [tokens, num_query_groups, channels]; nothing may be waiting. Expert 0, weight 0 for now."""
-        assert self._waiting is None
-        count = k.shape[0]
-        if self._in_buffer + count <= self._capacity:
-            new = self._slot.slice(self._in_buffer, self._in_buffer + count)
-            self._in_buffer += count
-        else:
-            groups, topk = k.shape[1], self._slot.expert_ids.shape[1]
-            new = RawTokens(
-                k.new_empty(groups, count, k.shape[2]),
-                v.new_empty(groups, count, v.shape[2]),
-                self._slot.expert_ids.new_empty(count, topk),
-                self._slot.weights.new_empty(count, topk),
-                None if self._slot.importance is None else self._slot.importance.new_empty(count),
-            )
-            self._waiting = new
+        """Stages k, v [tokens, num_query_groups, channels]; nothing may be waiting. Expert 0, weight 0 for now."""
+        assert self._waiting is None and self._after is None
+        count, first = k.shape[0], self.in_buffer
+        if first + count <= self._capacity:
+            self._slot.k[:, first : first + count].copy_(k.transpose(0, 1))
+            self._slot.v[:, first : first + count].copy_(v.transpose(0, 1))
+            self.staged += count
+            return
+        groups, topk = k.shape[1], self._slot.expert_ids.shape[1]
+        self._waiting = new = RawTokens(
+            k.new_empty(groups, count, k.shape[2]),
+            v.new_empty(groups, count, v.shape[2]),
+            self._slot.expert_ids.new_zeros(count, topk),
+            self._slot.weights.new_zeros(count, topk),
+            None if self._slot.importance is None else self._slot.importance.new_zeros(count),
+        )
         new.k.copy_(k.transpose(0, 1))
         new.v.copy_(v.transpose(0, 1))
-        new.expert_ids.zero_()
-        new.weights.zero_()
-        if new.importance is not None:
-            new.importance.zero_()
 
     def read(self) -> RawTokens:
         """All raw tokens, oldest first: a view, or a copy where a chunk waits beside the buffer."""
-        return self._part(0, self.tokens)
+        return self._after if self._after is not None else self._part(0, self.tokens)
 
     def read_kv(self) -> tuple[Tensor, Tensor]:
         """k and v of `read`."""
-        if self._waiting is None:
-            return self._slot.k.narrow(1, 0, self._in_buffer), self._slot.v.narrow(1, 0, self._in_buffer)
+        if self._waiting is None and self._after is None:
+            return self._slot.k.narrow(1, 0, self.in_buffer), self._slot.v.narrow(1, 0, self.in_buffer)
         raw = self.read()
         return raw.k, raw.v
 
@@ -225,50 +342,57 @@ class LayerWindow:
         if late and self._waiting is not None:
             self._waiting.expert_ids[waiting - late :].copy_(expert_ids[count - late :])
             self._waiting.weights[waiting - late :].copy_(weights[count - late :])
-        early = count - late
+        early, last = count - late, self.in_buffer
         if early:
-            self._slot.expert_ids[self._in_buffer - early : self._in_buffer].copy_(expert_ids[:early])
-            self._slot.weights[self._in_buffer - early : self._in_buffer].copy_(weights[:early])
+            self._slot.expert_ids[last - early : last].copy_(expert_ids[:early])
+            self._slot.weights[last - early : last].copy_(weights[:early])
 
     def add_importance(self, importance: Tensor) -> None:
         """Adds importance [tokens] to that of all raw tokens, oldest first."""
+        if self._after is not None:
+            assert self._after.importance is not None
+            self._after.importance.add_(importance)
+            return
         assert self._slot.importance is not None
-        self._slot.importance[: self._in_buffer] += importance[: self._in_buffer]
+        self._slot.importance[: self.in_buffer] += importance[: self.in_buffer]
         if self._waiting is not None and self._waiting.importance is not None:
-            self._waiting.importance.add_(importance[self._in_buffer :])
+            self._waiting.importance.add_(importance[self.in_buffer :])
 
     def copy_from(self, other: LayerWindow) -> None:
-        """Takes over what another window of the same buffer holds."""
-        self._in_buffer = other._in_buffer
-        self._slot.slice(0, self._in_buffer).copy_(other._slot.slice(0, self._in_buffer))
+        """Takes over what another window of the same buffer holds, into a slot that is clear."""
+        assert other._after is None and not other.staged
+        self.held = other.held
+        self._slot.slice(0, self.held).copy_(other._slot.slice(0, self.held))
         self._waiting = None if other._waiting is None else other._waiting.clone()
 
     def keep(self, tokens: int) -> None:
         """Forgets all but the oldest `tokens` tokens; nothing may be waiting."""
-        assert self._waiting is None and tokens <= self._in_buffer
-        self._in_buffer = tokens
+        assert self._waiting is None and self._after is None and not self.staged and tokens <= self.held
+        if tokens < self.held:
+            self._clear_behind(tokens)
+        self.held = tokens
 
     def extend(self, raw: RawTokens) -> None:
         """Adds tokens as they are, labels and importance included; they must fit the buffer, nothing may be waiting."""
-        assert self._waiting is None and self._in_buffer + raw.tokens <= self._capacity
-        self._slot.slice(self._in_buffer, self._in_buffer + raw.tokens).copy_(raw)
-        self._in_buffer += raw.tokens
+        assert self._waiting is None and self._after is None and not self.staged
+        assert self.held + raw.tokens <= self._capacity
+        self._slot.slice(self.held, self.held + raw.tokens).copy_(raw)
+        self.held += raw.tokens
 
     def oldest(self, tokens: int) -> RawTokens:
-        """The oldest `tokens` tokens after the sinks, until `drop`."""
+        """The oldest `tokens` tokens after the sinks."""
         return self._part(self._sinks, self._sinks + tokens)
 
     def drop(self, tokens: int) -> None:
         """Forgets what `oldest` gives; what stays fits the buffer again, and is moved to its front."""
-        sinks, kept = self._part(0, self._sinks), self._part(self._sinks + tokens, self.tokens).clone()
-        self._in_buffer, self._waiting = self._sinks + kept.tokens, None
-        self._slot.slice(0, self._sinks).copy_(sinks)
-        self._slot.slice(self._sinks, self._in_buffer).copy_(kept)
+        self.settle(tokens)
+        self.commit()
 
     def _part(self, first: int, last: int) -> RawTokens:
         """Tokens `first` up to `last` of all raw tokens: a view, or a copy of what is in two places."""
-        held = self._slot.slice(min(first, self._in_buffer), min(last, self._in_buffer))
+        count = self.in_buffer
+        held = self._slot.slice(min(first, count), min(last, count))
         if self._waiting is None:
             return held
-        late = self._waiting.slice(max(0, first - self._in_buffer), max(0, last - self._in_buffer))
+        late = self._waiting.slice(max(0, first - count), max(0, last - count))
         return concatenate([part for part in (held, late) if part.tokens] or [late])

@@ -23,7 +23,6 @@ from pikv_megatron.cli.common import (
     HELD_OUT_TEXT,
     SMALL_MOE,
     SMALL_MOE_CONFIG,
-    bundled,
     check_seed,
     check_single_rank,
     megatron_model,
@@ -152,7 +151,7 @@ def ask_all(papers: Sequence[Document], args: argparse.Namespace) -> list[Row]:
     """Every cache's row, the stock one first."""
     longest = max(len(paper.text) + sum(len(f.text) for f in paper.questions) for paper in papers)
     model_cfg, given = read_config(args.config)
-    model = megatron_model(args.model, model_cfg, args.threads)
+    model = megatron_model(checkpoint_folder(args.model), model_cfg, args.threads)
 
     from pikv_megatron.integrations import megatron
     from pikv_megatron.integrations.megatron.session import Session
@@ -215,7 +214,7 @@ def _bytes(session: Session) -> tuple[dict[str, int], int]:
         return {"device": session.bytes_held}, session.bytes_held
     stats = session.context.cache.stats()
     held = {kind: tier["bytes_held"] for kind, tier in stats["tiers"].items()}
-    held["device"] += stats["window"]["bytes_held"]
+    held["device"] += stats["window"]["bytes_held"] + stats["importance"]["bytes_held"]
     return held, stats["bytes_allocated"]
 
 

@@ -22,7 +22,8 @@ from torch import Tensor, distributed
 from tqdm import tqdm
 
 from pikv_megatron.cache.memory import check_memory
-from pikv_megatron.cli.common import SMALL_MOE, SMALL_MOE_CONFIG, bundled, check_seed, check_single_rank, read_config
+from pikv_megatron.cli.common import SMALL_MOE, SMALL_MOE_CONFIG, check_seed, check_single_rank, read_config
+from pikv_megatron.cli.files import checkpoint_folder
 from pikv_megatron.cli.hosts import HOSTS, Request, Session
 from pikv_megatron.config import dump
 from pikv_megatron.config.io import brief
@@ -77,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
     model_cfg, runtime = read_config(args.config, args.set)
     if model_cfg is not None:
         check_memory(model_cfg, runtime)
-    tokenizer = _tokenizer(bundled(Path(args.model)))
+    folder = checkpoint_folder(args.model)
+    tokenizer = _tokenizer(folder)
     prompt = _read_prompt(args, tokenizer, runtime.max_tokens)
     if args.run_dir:
         Path(args.run_dir).mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from pikv_megatron.config.io import to_mapping
 
 
 class Session(Protocol):
-    """Sequences that grow together in a host's cache: `megatron_session.Session`, `huggingface_session.Session`."""
+    """Sequences that grow together in a host's cache: `megatron.session.Session`, `huggingface.session.Session`."""
 
     def feed(self, tokens: Tensor) -> Tensor:
         """Appends tokens [1, tokens]; returns the logits after the last one, [1, vocabulary] float32."""

@@ -8,6 +8,7 @@ beside them. The low-rank part (GEAR, arXiv 2403.05527) is not in this version. 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,11 +16,9 @@ import torch
 from torch import Tensor
 
 from pikv_megatron import ops
-from pikv_megatron.config import CODE_BITS, ModelConfig, RuntimeConfig
+from pikv_megatron.codecs import CODECS
+from pikv_megatron.config import ModelConfig, RuntimeConfig
 from pikv_megatron.tiers.blocks import Field
-
-KEY_PLANES = {"none": (2, 0), "int8": (4, 4), "int4": (2, 2), "int2": (2, 0)}
-"""Bits of the high and the low plane; for codec none those of the index kept beside the raw keys."""
 
 FP16_MAX = torch.finfo(torch.float16).max
 LARGEST = 1e18
@@ -33,18 +32,41 @@ class Compressor:
     model: ModelConfig
     runtime: RuntimeConfig
 
-    @property
-    def key_planes(self) -> tuple[int, int]:
-        return KEY_PLANES[self.runtime.codec.keys]
+    def __post_init__(self) -> None:
+        section = self.runtime.codec
+        CODECS.check(section.keys, "runtime.codec.keys")
+        CODECS.check(section.values, "runtime.codec.values")
 
     @property
+    def format(self) -> str:
+        """Name of what is stored: the codecs of keys and values, and whether raw keys have an index."""
+        section = self.runtime.codec
+        index = "+index" if self.raw_keys and self._planes else ""
+        return f"{section.keys}{index}/{section.values}"
+
+    @functools.cached_property
+    def key_planes(self) -> tuple[int, int]:
+        """Bits of the keys' high and low plane; of raw keys those of the index beside them."""
+        return CODECS.pick(self.runtime.codec.keys).key_planes
+
+    @functools.cached_property
+    def raw_keys(self) -> bool:
+        return CODECS.pick(self.runtime.codec.keys).raw
+
+    @functools.cached_property
     def value_bits(self) -> int:
-        return CODE_BITS[self.runtime.codec.values]
+        """Bits of a value; 0: raw."""
+        return CODECS.pick(self.runtime.codec.values).value_bits
+
+    @property
+    def _planes(self) -> bool:
+        """Whether blocks carry key codes with scales."""
+        return not self.raw_keys or self.runtime.needs_index
 
     @property
     def largest(self) -> float:
         """Largest magnitude of K and V that can be stored: scales and zeros are float16 where there are codes."""
-        coded = self.runtime.needs_planes or self.value_bits
+        coded = self._planes or self.value_bits
         return FP16_MAX if coded else min(torch.finfo(self.model.torch_dtype).max, LARGEST)
 
     def fields(self) -> dict[str, Field]:
@@ -52,9 +74,9 @@ class Compressor:
         groups, block = self.model.num_query_groups, self.runtime.block_size
         dim, value_dim = self.model.head_dim, self.model.value_dim
         fields: dict[str, Field] = {}
-        if self.runtime.codec.keys == "none":
+        if self.raw_keys:
             fields["k"] = Field((groups, block, dim), self.model.torch_dtype)
-        if self.runtime.needs_planes:
+        if self._planes:
             hi_bits, lo_bits = self.key_planes
             fields["k_high"] = Field((groups, block, dim * hi_bits // 8), torch.uint8)
             if lo_bits:

@@ -9,10 +9,9 @@ error that names its nearest known neighbour. Nothing here touches a tensor beyo
 from pikv_megatron.config.files import Source, check_same_model, dump, load, load_deepspeed, resolve
 from pikv_megatron.config.io import ConfigError
 from pikv_megatron.config.model import DTYPES, ModelConfig
-from pikv_megatron.config.runtime import CODE_BITS, RuntimeConfig
+from pikv_megatron.config.runtime import RuntimeConfig
 
 __all__ = [
-    "CODE_BITS",
     "DTYPES",
     "ConfigError",
     "ModelConfig",

@@ -50,11 +50,17 @@ def load_deepspeed(
     Raises:
         ConfigError: no such block, or two, a file that is not a JSON object, or as `load`.
     """
-    rest = dict(config) if isinstance(config, Mapping) else read_json(config)
-    if "pikv" not in rest:
-        raise ConfigError(f"pikv: expected this block in the DeepSpeed config, got the keys {brief(list(rest))}")
-    block = rest.pop("pikv")
-    file = from_mapping(_File, read_yaml(block) if isinstance(block, str) else block, "pikv")
+    if config is not None and not isinstance(config, (Mapping, str, Path)):
+        raise ConfigError(f"config: expected a dict or the path of a JSON file, got {type(config).__name__}")
+    rest = read_json(config) if isinstance(config, (str, Path)) else dict(config or {})
+    if pikv is None and "pikv" not in rest:
+        raise ConfigError(
+            f"pikv: expected this block in the DeepSpeed config, or as an argument, got the keys {brief(list(rest))}"
+        )
+    if pikv is not None and "pikv" in rest:
+        raise ConfigError("pikv: expected once, got a block in the DeepSpeed config and an argument")
+    block = rest.pop("pikv", pikv)
+    file = from_mapping(_File, read_yaml(block) if isinstance(block, (str, Path)) else block, "pikv")
     return rest, file.model, file.runtime
 
 

@@ -6,16 +6,24 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import re
 import reprlib
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 T = TypeVar("T")
 
 LARGEST_EXACT = 2**53
 """Floats up to here stand for one integer each."""
+
+
+PolicyName = Annotated[str, "policy"]
+"""The name of a policy; which there are, its package's table says (`config.table`)."""
+
+POLICY_CHECKS: dict[str, Callable[[str, str], None]] = {}
+"""For a key that names a policy: what checks a value (name, key as it is to be called). Tables enter themselves."""
 
 
 class ConfigError(ValueError):
@@ -58,14 +66,14 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{where or 'config'}: expected a mapping of keys, got {brief(mapping)}")
     fields = {_key(field): field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     values = {}
     for key, value in mapping.items():
         if key not in fields:
             seen = key if isinstance(key, str) and len(key) < 80 else brief(key)
             name = f"{where}.{seen}" if where else seen
-            near = difflib.get_close_matches(seen, fields, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
+            near = _nearest(seen, fields, _keys_of_sections(hints, fields))
+            hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(fields)}"
             raise ConfigError(f"{name}: unknown key; {hint}")
         name = f"{where}.{key}" if where else key
         values[fields[key].name] = _convert(value, hints[fields[key].name], name)
@@ -97,7 +105,7 @@ def check_fields(config: Any, where: str) -> None:
     Args:
         where: dotted name of the section, for error messages.
     """
-    hints = typing.get_type_hints(type(config))
+    hints = typing.get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         value = _convert(getattr(config, field.name), hints[field.name], f"{where}.{_key(field)}")
         object.__setattr__(config, field.name, value)
@@ -114,11 +122,15 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             return None
         (hint,) = [arg for arg in args if arg is not type(None)]
         return _convert(value, hint, name)
+    if hint is PolicyName:
+        value = "none" if value is None else _convert(value, str, name)  # people write null for none
+        check = POLICY_CHECKS.get("runtime." + re.sub(r"\[\d+\]", "", name).rpartition("runtime.")[2])
+        if check is not None:
+            check(value, name)
+        return value
     if origin is Literal:
         if value is False and "off" in args:  # YAML 1.1 reads a bare `off` as False
             value = "off"
-        if value is None and "none" in args:  # and people write null for none
-            value = "none"
         if value not in args or isinstance(value, bool):
             raise ConfigError(f"{name}: expected one of {', '.join(args)}, got {brief(value)}")
         return value

@@ -23,8 +23,6 @@ from pikv_megatron.config.sections import (
     at_least,
 )
 
-CODE_BITS = {"none": 0, "int8": 8, "int4": 4, "int2": 2}
-
 
 @dataclass(frozen=True)
 class RuntimeConfig:
@@ -69,26 +67,32 @@ class RuntimeConfig:
             raise ConfigError(
                 f"runtime.block_size: expected at most max_tokens ({self.max_tokens}), got {self.block_size}"
             )
-        kinds = [tier.kind for tier in self.tiers]
-        if kinds not in (["device"], ["device", "host"]):
-            raise ConfigError(f"runtime.tiers: expected [device] or [device, host], fastest first, got {brief(kinds)}")
-        demotes = self.budget.policy != "none" and self.budget.over_budget == "demote"
-        if demotes and len(kinds) == 1:
-            raise ConfigError(
-                "runtime.budget.over_budget: 'demote' needs a tier below the device, got tiers [device]; "
-                "add {kind: host}"
-            )
-        if len(kinds) == 2 and not demotes:
-            raise ConfigError(
-                "runtime.tiers: nothing would be placed in the host tier, expected budget.policy and "
-                f"budget.over_budget 'demote' with it, got {self.budget.policy!r} and {self.budget.over_budget!r}"
-            )
+        self._check_tiers()
         try:
             self.torch_device  # noqa: B018 - a bad device string fails here, not at the first tensor
         except (RuntimeError, AssertionError) as error:
             raise ConfigError(f"runtime.device: expected 'auto' or a torch device, got {brief(self.device)}") from error
         if self.torch_device.type == "meta":
             raise ConfigError("runtime.device: expected a device that holds data, got 'meta'")
+
+    def _check_tiers(self) -> None:
+        kinds = [tier.kind for tier in self.tiers]
+        if kinds[:1] != ["device"] or len(set(kinds)) < len(kinds):
+            raise ConfigError(
+                f"runtime.tiers: expected device first and each kind once, fastest first, got {brief(kinds)}"
+            )
+        demotes = self.budget.policy != "none" and self.budget.over_budget == "demote"
+        if demotes and len(kinds) == 1:
+            raise ConfigError(
+                "runtime.budget.over_budget: 'demote' needs a tier below the device, got tiers [device]; "
+                "add {kind: host}"
+            )
+        if len(kinds) > 1 and not demotes:
+            raise ConfigError(
+                f"runtime.tiers: nothing would be placed in the tiers below the device, {brief(kinds[1:])}, expected "
+                f"budget.policy and budget.over_budget 'demote' with them, got {self.budget.policy!r} and "
+                f"{self.budget.over_budget!r}"
+            )
 
     @functools.cached_property
     def torch_device(self) -> torch.device:
@@ -101,9 +105,9 @@ class RuntimeConfig:
         return {name: value for name, value in vars(self).items() if name != "torch_device"}
 
     @property
-    def needs_planes(self) -> bool:
-        """Whether blocks carry key codes with scales: a codec stores them anyway, selection needs at least an index."""
-        return self.codec.keys != "none" or self.attention.mode != "exact"
+    def needs_index(self) -> bool:
+        """Whether reading chooses tokens, for which raw keys need an index beside them."""
+        return self.attention.mode != "exact"
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> RuntimeConfig:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pikv_megatron.config.io import ConfigError, brief, check_fields
+from pikv_megatron.config.io import ConfigError, PolicyName, brief, check_fields
+from pikv_megatron.config.table import check_section
 
 
 def at_least(owner: str, name: str, value: float, low: float) -> None:
@@ -24,7 +25,8 @@ def within(owner: str, name: str, value: float, low: float, high: float) -> None
 class AttentionConfig:
     """What a decode step reads. A call with several query tokens (prefill) always reads everything."""
 
-    mode: Literal["exact", "top_k", "mass"] = "exact"
+    mode: PolicyName = "exact"
+    """exact, top_k or mass: a row of reading.READERS."""
     read_fraction: float = 0.125
     """top_k: share of the sealed tokens that are attended to, beside sinks and window."""
     prune_fraction: float = 1.0
@@ -39,26 +41,16 @@ class AttentionConfig:
         check_fields(self, "runtime.attention")
         for name in ("read_fraction", "prune_fraction", "epsilon"):
             within("runtime.attention.", name, getattr(self, name), 0.0, 1.0)
-        if self.mode == "top_k" and self.score == "planes" and self.prune_fraction < self.read_fraction:
-            raise ConfigError(
-                f"runtime.attention.prune_fraction: expected at least read_fraction ({self.read_fraction}), since "
-                f"tokens are chosen from the blocks it leaves, got {self.prune_fraction}"
-            )
-        if self.mode == "mass" and self.score == "quest":
-            raise ConfigError("runtime.attention.score: mode mass ranks tokens, so it needs 'planes', got 'quest'")
-        if self.mode == "mass" and self.prune_fraction != 1.0:
-            raise ConfigError(
-                "runtime.attention.prune_fraction: mode mass ranks every token, expected 1.0, "
-                f"got {self.prune_fraction}"
-            )
+        check_section(self.mode, "runtime.attention.mode", self)
 
 
 @dataclass(frozen=True)
 class CodecConfig:
     """How sealed blocks are stored."""
 
-    keys: Literal["none", "int8", "int4", "int2"] = "none"
-    values: Literal["none", "int8", "int4", "int2"] = "none"
+    keys: PolicyName = "none"
+    """none, int8, int4 or int2: a row of codecs.CODECS."""
+    values: PolicyName = "none"
     rank: int = 0
     """Rank of the low-rank part; 0 is off."""
     basis: Literal["expert", "layer"] = "expert"
@@ -76,7 +68,8 @@ class CodecConfig:
 class BudgetConfig:
     """How many tokens of one request each layer may hold on the device (PyramidKV, arXiv 2406.02069)."""
 
-    policy: Literal["none", "uniform", "pyramid"] = "none"
+    policy: PolicyName = "none"
+    """none, uniform or pyramid: a row of budgets.BUDGETS."""
     first_layer_tokens: int | None = None
     """C_1, the budget of the first layer."""
     step: int | None = None
@@ -103,12 +96,9 @@ class BudgetConfig:
                 "runtime.budget.first_layer_tokens, budget.total_tokens: expected exactly one of the two, "
                 f"got {self.first_layer_tokens} and {self.total_tokens}"
             )
-        if self.policy == "uniform" and self.step is not None:
-            raise ConfigError(f"runtime.budget.step: policy uniform has no step, expected null, got {self.step}")
-        if self.policy == "pyramid" and self.first_layer_tokens is not None and self.step is None:
-            raise ConfigError("runtime.budget.step: a pyramid from first_layer_tokens needs a step, got null")
         if self.step is not None:
             at_least("runtime.budget.", "step", self.step, 0)
+        check_section(self.policy, "runtime.budget.policy", self)
 
 
 @dataclass(frozen=True)
@@ -131,8 +121,10 @@ class RouterConfig:
 class ShardingConfig:
     """How blocks are spread over the expert-parallel group."""
 
-    placement: Literal["expert", "position"] = "expert"
-    """Which rank of the expert-parallel group owns a sealed block: its expert's, or round robin by position."""
+    placement: PolicyName = "expert"
+    """expert or position, a row of sharding.PLACEMENTS: which rank of the expert-parallel group owns a sealed block,
+    its expert's, or round robin by position.
+    """
 
     def __post_init__(self) -> None:
         check_fields(self, "runtime.sharding")
@@ -153,7 +145,8 @@ class OverlapConfig:
 class TierConfig:
     """One kind of memory that blocks can be in."""
 
-    kind: Literal["device", "host"] = "device"
+    kind: PolicyName = "device"
+    """device or host: a row of tiers.TIERS."""
     bytes: int | None = None
     """Capacity; None means room for what max_tokens and the budget may place here."""
 

@@ -1,7 +1,7 @@
 """Rank bootstrap: from a bare process or a rank of torchrun, `deepspeed`, `mpirun` or `srun` to initialised process
-groups and a host's parallel state.
+groups.
 
-`launch_environment` reads the variables, `launch_address` finds where rank 0 listens, `binding` says on which CPUs
+`environment` reads the variables, `address` finds where rank 0 listens, `binding` says on which CPUs
 a rank runs. docs/launching.md has the variables and the rules.
 """
 
@@ -17,7 +17,7 @@ from pikv_megatron.launch import address as launch_address
 from pikv_megatron.launch import binding
 from pikv_megatron.launch.environment import Launch, LaunchError, read_launch
 
-__all__ = ["Launch", "LaunchError", "init_megatron", "init_process_group", "read_launch"]
+__all__ = ["Launch", "LaunchError", "init_process_group", "read_launch"]
 
 
 def init_process_group() -> Launch:
@@ -80,30 +80,3 @@ def _export(launch: Launch) -> None:
         "MASTER_ADDR": str(launch.master_addr),
         "MASTER_PORT": str(launch.master_port),
     }
-
-
-def init_megatron(tensor_parallel: int = 1, expert_parallel: int = 1, seed: int = 1234) -> Launch:
-    """Process groups, Megatron-core's parallel state and its random states, in one call.
-
-    Args:
-        tensor_parallel: Ranks that share each layer's heads.
-        expert_parallel: Ranks that share the experts.
-        seed: For Megatron's model-parallel random states.
-
-    Raises:
-        ValueError: the world size is not a multiple of both.
-        RuntimeError: see `init_process_group`; or Megatron was initialised with other sizes, or there is no CUDA
-            and `cpu_compat.install()` was not called.
-    """
-    from pikv_megatron.integrations import cpu_compat
-
-    if not torch.cuda.is_available() and not cpu_compat.is_installed():
-        raise RuntimeError(
-            "Megatron-core needs CUDA, which is not available here; to run it on CPU, call "
-            "pikv_megatron.integrations.cpu_compat.install() before anything imports megatron"
-        )
-    from pikv_megatron.integrations.megatron.setup import init_parallel_state
-
-    launch = init_process_group()
-    init_parallel_state(tensor_parallel, expert_parallel, seed)
-    return launch

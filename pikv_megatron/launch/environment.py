@@ -1,7 +1,7 @@
 """What a launcher's environment variables say about this process: torchrun, `deepspeed`, `mpirun`, `srun`, or none.
 
 Pure reading: nothing is started, asked or changed here. Variables that contradict each other, or are only half there,
-are refused by name. Who completes the address where the launcher gives none is `launch_address`.
+are refused by name. Who completes the address where the launcher gives none is `address`.
 """
 
 from __future__ import annotations

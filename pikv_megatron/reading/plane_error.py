@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from pikv_megatron import ops
-from pikv_megatron.tiers.blocks import keeps_tensors
+from pikv_megatron.torch_mode import keeps_tensors
 
 _TOKENS, _CHANNELS = 12800, 64
 

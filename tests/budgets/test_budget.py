@@ -27,7 +27,7 @@ from dense import (
     step,
 )
 
-from pikv_megatron import ConfigError, PiKVCache
+from pikv_megatron import ConfigError, PiKVCache, Segment, Step
 from pikv_megatron.budgets.budget import allowed_blocks, layer_budgets, least_important
 
 TIERS = [{"kind": "device"}, {"kind": "host"}]
@@ -63,6 +63,11 @@ def _cache(budget, over, codec="none", **changes):
 def _device_tokens(cache, layer_id, request_id=0):
     state = cache._requests[request_id].layers[layer_id]
     return state.window.tokens + len(state.tables[0]) * cache.runtime.block_size
+
+
+def _importance(cache, table):
+    """Of a table's blocks: [blocks, block_size]."""
+    return cache.importance.tensor[table.row_tensor]
 
 
 def _chunks(seed, total=150):
@@ -153,6 +158,29 @@ def test_demoting_loses_nothing(budget):
     stats = cache.stats()
     assert stats["blocks_dropped"] == 0
     assert stats["blocks_demoted"] == stats["tiers"]["host"]["blocks_used"] > 0
+
+
+@pytest.mark.parametrize("budget", [{"policy": "uniform", "first_layer_tokens": FLOOR + 8}, BUDGETS["pyramid"]])
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0)])
+def test_blocks_that_are_sealed_together_do_not_get_mixed_up(order, budget):
+    """In one step: a block that takes another's place, some that find room, some that have no place on the device."""
+    cache = _cache(budget, "demote")
+    rng, held = generator(3), dict[int, list[tuple[torch.Tensor, torch.Tensor]]]()
+    for tokens in ({order[0]: 40}, {order[1]: 12}, {order[2]: 8}, *[dict.fromkeys(range(3), 1)] * 5):
+        with cache.begin(
+            Step(tuple(Segment(r, sum(len(k) for k, _ in held.get(r, ())), n) for r, n in tokens.items()))
+        ) as active:
+            k, v = random_kv(cache.model, sum(tokens.values()), rng)
+            for layer_id in range(3):
+                active.append(layer_id, k, v)
+                active.attend(layer_id, random_q(cache.model, len(k), rng))
+            for request, kv in zip(
+                tokens, zip(*(x.split([*tokens.values()]) for x in (k, v)), strict=True), strict=True
+            ):
+                held.setdefault(request, []).append(kv)
+    for request, layer_id in itertools.product(range(3), repeat=2):
+        for got, appended in zip(cache.retrieve(layer_id, request), zip(*held[request], strict=True), strict=False):
+            assert torch.equal(got, torch.cat(appended))
 
 
 def test_dropping_loses_exactly_what_stats_says(budget):
@@ -251,15 +279,16 @@ def test_the_prompts_last_queries_say_what_stays(chunk):
     assert {18, 19, 20, 21} <= set(cache.retrieve(0).positions.tolist())
 
 
+@pytest.mark.parametrize("chunks", [(40, 1, 1, 20, *[1] * 18), (40, 2, *[5] * 8)], ids=["decode", "drafts"])
 @pytest.mark.parametrize("tokens_held", [200, 24], ids=["all on the device", "most on the host"])
-def test_importance_is_the_attention_received(tokens_held):
+def test_importance_is_the_attention_received(tokens_held, chunks):
     """I_t summed over the queries of prefill's observation window and of decode, from float64."""
     model = model_config(num_layers=1, num_experts=0)
     budget = {"policy": "uniform", "first_layer_tokens": tokens_held, "observation_window": 5}
     cache, rng = PiKVCache(model, runtime_config(budget=budget, tiers=TIERS)), generator(11)
-    expected = torch.zeros(80, dtype=torch.float64)
+    expected = torch.zeros(sum(chunks), dtype=torch.float64)
     ks = torch.zeros(0, 2, 8)
-    for tokens in (40, 1, 1, 20, *[1] * 18):
+    for tokens in chunks:
         k, v = random_kv(model, tokens, rng)
         ks = torch.cat([ks, k])
         q = random_q(model, tokens, rng)
@@ -275,7 +304,7 @@ def test_importance_is_the_attention_received(tokens_held):
     window, size = state.window.read(), cache.runtime.block_size
     sealed = torch.zeros(state.sealed_end - 2)
     for table in state.tables:
-        for start, mine in zip(table.pool.start[table.tensor], table.pool.importance[table.tensor], strict=True):
+        for start, mine in zip(table.pool.start[table.tensor], _importance(cache, table), strict=True):
             sealed[start - 2 : start - 2 + size] = mine
     assert len(sealed) > 60
     assert (len(state.tables[1]) > 10) == (tokens_held == 24)
@@ -295,7 +324,7 @@ def test_importance_of_queries_that_come_after_their_tokens_were_sealed():
     outs = [cache.attend(0, q)[0] for cache in (late, usual)]
     usual.observe_routing(0, *routing)
     torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
-    sealed = [cache.tiers[0].importance[cache._requests[0].layers[0].tables[0].tensor] for cache in (late, usual)]
+    sealed = [_importance(cache, cache._requests[0].layers[0].tables[0]) for cache in (late, usual)]
     assert sealed[0].sum() > 1
     torch.testing.assert_close(*sealed, rtol=1e-4, atol=1e-5)
 
@@ -442,7 +471,6 @@ def test_importance_after_selective_reads_is_near_the_exact_one():
                 cache.append(layer_id, k, v)
                 cache.attend(layer_id, random_q(cache.model, 1, rng))
                 cache.observe_routing(layer_id, *random_routing(cache.model, 1, rng))
-        pool = cache.tiers[0]
-        kept[mode] = pool.importance[cache._requests[0].layers[0].tables[0].tensor]
+        kept[mode] = _importance(cache, cache._requests[0].layers[0].tables[0])
     assert len(kept["exact"]) > 2
     torch.testing.assert_close(kept["top_k"], kept["exact"], rtol=0.05, atol=0.01)

@@ -5,12 +5,13 @@ tokens and their routing arrived.
 from __future__ import annotations
 
 import random
+import weakref
 
 import pytest
 import torch
 from dense import generator, model_config, random_kv, random_q, random_routing, runtime_config, snapshot
 
-from pikv_megatron import PiKVCache
+from pikv_megatron import PiKVCache, Segment, Step
 
 SINKS, SIZE = 2, 4
 
@@ -94,8 +95,9 @@ def test_routing_told_twice_counts_once():
     assert _labels(cache, 0) == [2]
 
 
+@pytest.mark.parametrize("way", ["calls", "steps"])
 @pytest.mark.parametrize("chunks", [[90], [30, 30, 30], [1] * 90, [50, *[1] * 40]])
-def test_dense_layers_inherit(chunks):
+def test_dense_layers_inherit(chunks, way):
     """Layers 0 dense, 1 MoE, 2 and 3 dense, 4 MoE: 2 and 3 take 1's labels, 0 has none."""
     model = model_config(num_layers=5, moe_layers=[1, 4])
     cache, rng = PiKVCache(model, runtime_config()), generator(1)
@@ -104,17 +106,34 @@ def test_dense_layers_inherit(chunks):
     first = 0
     for tokens in chunks:
         last = first + tokens
+        one = cache if way == "calls" else cache.begin(Step((Segment(0, first, tokens),)))
         for layer in range(5):
-            cache.append(layer, k[first:last], v[first:last])
-            cache.attend(layer, random_q(model, tokens, rng))
+            one.append(layer, k[first:last], v[first:last])
+            one.attend(layer, random_q(model, tokens, rng))
             if layer in routing:
-                cache.observe_routing(layer, routing[layer][0][first:last], routing[layer][1][first:last])
+                one.observe_routing(layer, routing[layer][0][first:last], routing[layer][1][first:last])
         first = last
+    assert cache.length() == 90  # which ends the last step
     blocks = (90 - SINKS - 6) // SIZE
     labels = {layer: _expected(*routing[layer], blocks) for layer in (1, 4)}
     assert labels[1] != labels[4]
     for layer, expected in ((0, [0] * blocks), (1, labels[1]), (2, labels[1]), (3, labels[1]), (4, labels[4])):
         assert _labels(cache, layer) == expected, f"layer {layer}"
+
+
+@pytest.mark.parametrize(("moe_layers", "kept"), [(None, [False] * 3), ([0, 1], [False, True])])
+def test_a_step_keeps_the_routing_that_layers_will_inherit(moe_layers, kept):
+    """Of a long prompt it is much; the host lets go of it layer by layer."""
+    model = model_config(num_layers=3, moe_layers=moe_layers)
+    cache, rng = PiKVCache(model, runtime_config()), generator()
+    active, seen = cache.begin(Step((Segment(0, 0, 40, "prompt"),))), []
+    for layer in moe_layers or range(3):
+        active.append(layer, *random_kv(model, 40, rng))
+        expert_ids, weights = random_routing(model, 40, rng)
+        seen.append(weakref.ref(expert_ids))
+        active.observe_routing(layer, expert_ids, weights)
+        del expert_ids
+    assert [ref() is not None for ref in seen] == kept
 
 
 def test_routing_of_other_positions_is_not_inherited():

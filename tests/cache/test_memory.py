@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from dense import generator, model_config, random_kv, runtime_config
 
 from pikv_megatron import ConfigError, ExpertKVCache, PiKVCache, machine
 from pikv_megatron.cache.memory import cache_memory
-from pikv_megatron.tiers.blocks import BOOKKEEPING_BYTES
+from pikv_megatron.tiers.blocks import BOOKKEEPING_BYTES, ROW_BOOKKEEPING_BYTES
 
 BUDGET = {"policy": "pyramid", "total_tokens": 120}
 TIERS = [{"kind": "device"}, {"kind": "host"}]
@@ -21,7 +22,7 @@ CONFIGS = {
     "a host tier": ({}, {"budget": BUDGET, "tiers": TIERS}),
     "dropping": ({"num_experts": 0}, {"budget": {**BUDGET, "over_budget": "drop"}}),
     "bytes of a tier": ({}, {"tiers": [{"kind": "device", "bytes": 54321}]}),
-    "sliding windows": ({"sliding_windows": [None, 40]}, {}),
+    "sliding windows": ({"sliding_windows": [None, 40]}, {"budget": {**BUDGET, "over_budget": "drop"}}),
 }
 
 
@@ -30,8 +31,25 @@ def test_the_sum_is_what_a_cache_takes(name):
     model, runtime = model_config(**CONFIGS[name][0]), runtime_config(**CONFIGS[name][1])
     cache = PiKVCache(model, runtime)
     foreseen = sum(share.nbytes for share in cache_memory(model, runtime))
-    lists = BOOKKEEPING_BYTES * sum(pool.num_blocks for pool in cache.tiers)
-    assert foreseen - lists == cache.stats()["bytes_allocated"]
+    assert foreseen - lists_of(cache) == cache.stats()["bytes_allocated"]
+
+
+def lists_of(cache):
+    """Bytes of the lists that a new cache keeps of free blocks and rows."""
+    rows = 0 if cache.importance is None else cache.importance.tensor.shape[0]
+    return BOOKKEEPING_BYTES * sum(pool.num_blocks for pool in cache.tiers) + ROW_BOOKKEEPING_BYTES * rows
+
+
+def test_each_device_gets_its_part_of_the_sum(monkeypatch):
+    """Beside a GPU the host holds its tier, and lists; everything else is the GPU's."""
+    model, runtime = model_config(), {"budget": BUDGET, "tiers": TIERS}
+    cache = PiKVCache(model, runtime_config(**runtime))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    foreseen = Counter()
+    for share in cache_memory(model, runtime_config(**runtime, device="cuda")):
+        foreseen[share.device.type] += share.nbytes
+    host = cache.tiers[1].allocated_bytes
+    assert foreseen == {"cuda": cache.stats()["bytes_allocated"] - host, "cpu": host + lists_of(cache)}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from dense import (
     attend_retrieved,
     dense_attention,
+    forward,
     generator,
     model_config,
     random_kv,
@@ -21,7 +22,7 @@ from dense import (
 )
 from refusals import refuses
 
-from pikv_megatron import ModelConfig, PiKVCache, RuntimeConfig
+from pikv_megatron import ModelConfig, PiKVCache, RuntimeConfig, Segment, Step
 from pikv_megatron.cache.checks import UnknownRequestError
 from pikv_megatron.tiers.blocks import PoolFullError
 
@@ -108,14 +109,10 @@ def test_a_cache_that_was_saved_goes_on_as_it_was(changes, restore):
         assert snapshot(cache) == saved
         cache.release(1)
         for seed in range(8):
-            rng = generator(seed)
-            for layer in range(3):
-                cache.append_each(layer, *random_kv(cache.model, 2, rng), [0, 2])
-                cache.attend_each(layer, random_q(cache.model, 2, rng), [0, 2])
-                cache.observe_each(layer, *random_routing(cache.model, 2, rng), [0, 2])
+            forward(cache, {0: 1, 2: 1}, generator(seed))
         assert snapshot(alone.cache) == saved
     assert snapshot(others[0]) == snapshot(others[1]) != saved
-    newest, _ = random_kv(_model(), 2, generator(7))
+    newest, _ = random_kv(_model(), 2, generator(7))  # of layer 0 in the last step
     for row, request in enumerate((0, 2)):
         assert torch.equal(others[0].retrieve(0, request).k[-1], newest[row])
         for layer in range(3):
@@ -212,12 +209,13 @@ def test_a_sliding_layer_holds_its_window_only():
 def test_each_of_several_requests_in_sliding_layers(mode):
     alone = _filled((0, 1, 2), 30, [8, None, 40], attention={"mode": mode})
     cache = alone.cache
-    for layer in (0, 2):
+    active = cache.begin(Step(tuple(Segment(request, 30, 1) for request in (0, 1, 2))))
+    for layer in range(3):
         k, v = random_kv(cache.model, 3, alone.rng)
-        cache.append_each(layer, k, v, [0, 1, 2])
+        active.append(layer, k, v)
         q = random_q(cache.model, 3, alone.rng)
-        out, lse = cache.attend_each(layer, q, [0, 1, 2])
-        for request in (0, 1, 2):
+        result = active.attend(layer, q)
+        for request in (0, 1, 2) if layer != 1 else ():
             keys = torch.cat([alone.tokens[request][layer][0], k[request : request + 1]])
             values = torch.cat([alone.tokens[request][layer][1], v[request : request + 1]])
             window = cache.model.sliding_window(layer)
@@ -225,8 +223,25 @@ def test_each_of_several_requests_in_sliding_layers(mode):
             wanted = dense_attention(
                 q[request : request + 1], keys, values, cache.model.scale, positions, positions[-1:], window
             )
-            torch.testing.assert_close(out[request].double(), wanted[0][0], rtol=CLOSE, atol=CLOSE)
-            torch.testing.assert_close(lse[request].double(), wanted[1][0], rtol=CLOSE, atol=CLOSE)
+            torch.testing.assert_close(result.out[request].double(), wanted[0][0], rtol=CLOSE, atol=CLOSE)
+            torch.testing.assert_close(result.lse[request].double(), wanted[1][0], rtol=CLOSE, atol=CLOSE)
+
+
+@pytest.mark.parametrize("tokens", [16, 18, 40])
+def test_a_step_after_calls_that_nobody_asked_or_told(tokens):
+    """What has left the window waits for its routing, in the buffer or beside it; the step goes on behind it."""
+    alone = Alone(PiKVCache(_model([4, None, 9]), runtime_config()), 3)
+    keys = [random_kv(alone.cache.model, tokens, alone.rng) for _ in range(3)]
+    for layer, (k, v) in enumerate(keys):
+        alone.cache.append(layer, k, v)
+    outs, rng = forward(alone.cache, {0: 1}, generator(4)), generator(4)
+    for layer, (held, out) in enumerate(zip(keys, outs, strict=True)):
+        kv = [torch.cat(pair) for pair in zip(held, random_kv(alone.cache.model, 1, rng), strict=True)]
+        q, _ = random_q(alone.cache.model, 1, rng), random_routing(alone.cache.model, 1, rng)
+        at = torch.arange(tokens + 1)
+        window = alone.cache.model.sliding_window(layer)
+        wanted, _ = dense_attention(q, *kv, alone.cache.model.scale, at, at[-1:], window)
+        torch.testing.assert_close(out.double(), wanted, rtol=CLOSE, atol=CLOSE)
 
 
 def test_a_query_beyond_a_sliding_layers_reach_is_refused():
@@ -290,7 +305,7 @@ def test_budgets_are_shared_by_the_layers_that_have_blocks():
         PiKVCache(m, RuntimeConfig.from_dict({"window": 6, "sinks": 2, "block_size": 4, "budget": runtime}))
         for m in (model_config(num_layers=2), model_config(num_layers=3, sliding_windows=[None, 9, None]))
     ]
-    few, more = (cache._sealer._allowed for cache in both)
+    few, more = (cache.sealer._allowed for cache in both)
     assert [more[0], more[2]] == few
     assert more[1] == 0
     assert both[0].tiers[0].num_blocks == both[1].tiers[0].num_blocks

@@ -66,9 +66,9 @@ def test_a_full_host_tier(observed):
     assert_pools_free(cache)
 
 
-def _demoting(host_bytes=None):
+def _demoting(host_bytes=None, device_bytes=None):
     budget = {"policy": "uniform", "first_layer_tokens": 16}
-    tiers = [{"kind": "device"}, {"kind": "host", "bytes": host_bytes}]
+    tiers = [{"kind": "device", "bytes": device_bytes}, {"kind": "host", "bytes": host_bytes}]
     return runtime_config(budget=budget, tiers=tiers)
 
 
@@ -119,20 +119,38 @@ def _refused(cache, call, message) -> None:
 
 
 def test_copies_under_a_budget():
-    """It writes to blocks, so forks copy them. What a reorder frees may be used by what it copies, and no more."""
+    """A fork shares its source's blocks. It needs what its own next seal and its source's will write, since neither may
+    write over what both have. What a reorder frees may be used by what it copies, and no more.
+    """
     block = PiKVCache(model_config(), _demoting()).tiers[1].block_bytes
-    cache, rng = PiKVCache(model_config(), _demoting(5 * block)), generator(8)
-    for request in (0, 1):  # 2 blocks each on the device, 2 on the host
-        cache.append(0, *random_kv(cache.model, 27, rng), request)
-        cache.observe_routing(0, *random_routing(cache.model, 27, rng), request)
-    _refused(cache, lambda: cache.fork(0, 2), "fork of request 0: needs 2 blocks .* host tier, 1 of 5 are free")
-    cache.reorder([0, 1], [0, 0])
-    assert cache.tiers[1].free_blocks == 1
-    cache.append(0, *random_kv(cache.model, 4, rng), request_id=1)  # and a third one on the host
-    _refused(cache, lambda: cache.reorder([0, 1], [1, 1]), r"reorder of requests \[0, 1\]: needs 1 blocks .* 0 of 5")
-    cache.reorder([0, 1], [0, 0])
-    for request in (0, 1):
-        assert cache.length(0, request) == len(cache.retrieve(0, request).positions) == 27
+    cache, rng = PiKVCache(model_config(), _demoting(5 * block, 5 * block)), generator(8)
+
+    def append(tokens, request, observe):
+        cache.append(0, *random_kv(cache.model, tokens, rng), request)
+        if observe:
+            cache.observe_routing(0, *random_routing(cache.model, tokens, rng), request)
+
+    for request in (0, 1):  # 2 blocks each on the device, 2 on the host, 3 tokens that will be a block with one more
+        append(27, request, True)
+    assert [pool.free_blocks for pool in cache.tiers] == [1, 1]
+    cache.fork(1, 2)
+    assert [pool.free_blocks for pool in cache.tiers] == [1, 1]
+    append(1, 0, False)  # which will take a block's place, and that one goes to the host
+    assert [pool.free_blocks for pool in cache.tiers] == [1, 0]
+    reorder = r"reorder of requests \[0, 1, 2\]: needs"
+    _refused(cache, lambda: cache.reorder([0, 1, 2], [0, 0, 2]), rf"{reorder} 2 blocks .* device tier, 1 of 5")
+    cache.release(2)
+    _refused(cache, lambda: cache.fork(0, 2), "fork of request 0: needs 2 blocks .* device tier, 1 of 5 are free")
+    cache.fork(1, 2)
+    cache.reorder([0, 1, 2], [0, 0, 0])  # what 1 and 2 shared is free, and all three will write
+    assert [pool.free_blocks for pool in cache.tiers] == [0, 0]
+    for request in (0, 1, 2):
+        cache.observe_routing(0, *random_routing(cache.model, 1, rng), request)
+        assert cache.length(0, request) == len(cache.retrieve(0, request).positions) == 28
+    assert [pool.free_blocks for pool in cache.tiers] == [1, 0]  # the last to leave a block may write over it
+    append(3, 2, True)
+    _refused(cache, lambda: append(1, 2, False), "request 2, layer 0: needs 1 blocks .* host tier, 0 of 5 are free")
+    for request in (0, 1, 2):
         cache.release(request)
     assert_pools_free(cache)
 

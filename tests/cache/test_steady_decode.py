@@ -6,14 +6,27 @@ those of storages, all of them.
 from __future__ import annotations
 
 import gc
+import itertools
 from typing import Any
 
 import pytest
 import torch
-from dense import generator, held_tensors, model_config, random_kv, random_q, random_routing, runtime_config, step
+from dense import (
+    forward,
+    generator,
+    held_tensors,
+    model_config,
+    random_kv,
+    random_q,
+    random_routing,
+    runtime_config,
+    step,
+)
 from torch.profiler import ProfilerActivity, profile
 
-from pikv_megatron import PiKVCache
+from pikv_megatron import PiKVCache, Segment, Step, ops
+from pikv_megatron.cache import sealing
+from pikv_megatron.cache.state import OnHost
 
 TOP_K = {"mode": "top_k", "read_fraction": 0.25}
 PYRAMID = {"policy": "pyramid", "first_layer_tokens": 40, "step": 10}
@@ -43,13 +56,20 @@ def kind(request):
 
 
 def _warm(kind, model="sparse", warm=20):
-    """Two requests, a prompt each, and some steps; returns the cache and how to take one step of both."""
+    """Two requests, a prompt each, and some steps; returns the cache and how to take one step of both: in turns by a
+    `Step` of both, and by calls for one request and layer at a time.
+    """
     cache = PiKVCache(model_config(**MODELS[model]), runtime_config(**{"max_tokens": 1024, "max_requests": 2, **kind}))
     rng = generator(1)
     for request_id, tokens in ((0, 37), (1, 22)):
         step(cache, *random_kv(cache.model, tokens, rng), rng, request_id)
 
+    ways = itertools.cycle(["step", "calls"])
+
     def decode() -> None:
+        if next(ways) == "step":
+            forward(cache, {0: 1, 1: 1}, rng)
+            return
         for request_id in (0, 1):
             step(cache, *random_kv(cache.model, 1, rng), rng, request_id)
 
@@ -64,13 +84,16 @@ def _live_tensors() -> list[torch.Tensor]:
 
 
 def test_two_hundred_steps_leave_memory_as_it_was(kind):
-    cache, decode = _warm(kind)
+    cache, decode = _warm(kind, warm=60)  # so that every tier has been read
+    cache.numbers._made.clear()  # a bounded memo of what the host has told the device
     places = {name: t.data_ptr() for name, t in held_tensors(cache).items()}
     allocated, live = cache.stats()["bytes_allocated"], len(_live_tensors())
     sealed = cache._requests[0].layers[0].sealed_end
     for _ in range(200):
         decode()
     assert cache._requests[0].layers[0].sealed_end == sealed + 200
+    assert len(cache.numbers._made) <= 512
+    cache.numbers._made.clear()
     assert len(_live_tensors()) == live
     assert {name: t.data_ptr() for name, t in held_tensors(cache).items()} == places
     assert cache.stats()["bytes_allocated"] == allocated
@@ -94,28 +117,68 @@ def test_a_profile_of_decode_shows_no_wait(name):
     assert not [name for name in names if name.startswith(WAITS)]
 
 
+@pytest.mark.parametrize("way", ["calls", "steps"])
 @pytest.mark.parametrize("name", [n for n in KINDS if "demote" not in n])
-def test_nothing_in_a_step_needs_a_number_from_the_device(name, monkeypatch):
+def test_nothing_in_a_step_needs_a_number_from_the_device(name, way, monkeypatch):
     """The same steps on tensors without data (`meta`), where any look at a value, and any copy to the host, raises.
 
-    Demoting is left out: it is a copy to the host.
+    One look there is, and it is stood in for here: which block a budget drops is named on the host. That is chosen when
+    a step begins, and read when it is committed, which is when the next begins. Demoting is left out: it is a copy to
+    the host.
     """
     runtime = runtime_config(**{"max_tokens": 1024, **KINDS[name]})
     monkeypatch.setitem(vars(runtime), "torch_device", torch.device("meta"))
     cache = PiKVCache(model_config(**MODELS["dense layers too"]), runtime)
-    k, v, q = (torch.empty(1, heads, 8, device="meta") for heads in (2, 2, 4))
-    expert_ids, weights = torch.empty(1, 2, dtype=torch.int64, device="meta"), torch.empty(1, 2, device="meta")
-    for _ in range(32):
+    number, waited = 0, list[int]()
+
+    class Chosen(OnHost):
+        def __init__(self, numbers):
+            super().__init__(numbers)
+            self.number = number
+
+        def read(self):
+            waited.append(number - self.number)
+            return [0] * len(self._copy)
+
+    monkeypatch.setattr(sealing, "OnHost", Chosen)
+    several = way == "steps" and ops.backend["attend_decode"] == "kernel"  # plain torch asks where a request's run ends
+    requests = (0, 1, 2) if several else (0,)
+    k, v, q = (torch.empty(len(requests), heads, 8, device="meta") for heads in (2, 2, 4))
+    expert_ids, weights = (torch.empty(len(requests), 2, dtype=t, device="meta") for t in (torch.int64, torch.float32))
+    for number in range(32):
+        if way == "calls":
+            append, attend, observe = cache.append, lambda *layer: cache.attend(*layer)[0], cache.observe_routing
+        else:
+            active = cache.begin(Step(tuple(Segment(r, number, 1) for r in requests)))
+            append, attend, observe = (
+                active.append,
+                lambda *layer, on=active: on.attend(*layer).out,
+                active.observe_routing,
+            )
         for layer_id in range(3):
-            cache.append(layer_id, k, v)
-            out = cache.attend(layer_id, q)[0]
+            append(layer_id, k, v)
+            out = attend(layer_id, q)
             if layer_id == 0:
-                cache.observe_routing(layer_id, expert_ids, weights)
+                observe(layer_id, expert_ids, weights)
     assert out.is_meta
-    assert cache._requests[0].layers[2].sealed_end > 20
+    assert bool(waited) == ("drop" in name)
+    assert way == "calls" or set(waited) <= {1}
+    assert cache.requests() == list(requests)
+    assert all(request.layers[2].sealed_end > 20 for request in cache._requests.values())
     for wait in (out.sum().item, out.cpu, out.nonzero):  # the trap works
         with pytest.raises((RuntimeError, NotImplementedError)):
             wait()
+
+
+def test_values_are_looked_at_where_a_prompt_hides_the_wait(monkeypatch):
+    """On a GPU, `meta` here: not those of decode tokens, however many requests have one."""
+    runtime = runtime_config()
+    monkeypatch.setitem(vars(runtime), "torch_device", torch.device("meta"))
+    cache = PiKVCache(model_config(), runtime)
+    k = torch.empty(3, 2, 8, device="meta")
+    cache.begin(Step(tuple(Segment(request, 0, 1) for request in range(3)))).append(0, k, k)
+    with pytest.raises(NotImplementedError):
+        cache.begin(Step((Segment(0, 0, 2, "prompt"), Segment(1, 0, 1)))).append(0, k, k)
 
 
 @pytest.mark.parametrize("window", [1, 6])
@@ -124,7 +187,7 @@ def test_positions_are_looked_at_only_where_queries_are_sealed(window, monkeypat
     selective read stays one.
     """
     cache, rng = PiKVCache(model_config(), runtime_config(window=window, attention=TOP_K)), generator(1)
-    monkeypatch.setattr(cache._attention, "_attend_by_position", None)
+    monkeypatch.setattr(cache.attention, "_attend_by_position", None)
     for tokens in (1, 30, *[1] * 20):
         step(cache, *random_kv(cache.model, tokens, rng), rng)
     assert cache.stats()["reads"]["selective_reads"] == 2 * 20
@@ -139,9 +202,13 @@ def _rows_bytes(tensor: torch.Tensor, rows: list[int]) -> int:
 
 def _check_bytes(cache) -> None:
     stats = cache.stats()
-    for pool, tier in zip(cache.tiers, range(len(cache.tiers)), strict=True):
-        states = [s for request in cache._requests.values() for s in request.layers]
-        blocks = [i for s in states for i in s.tables[tier].ids + (s.reserved[tier] if s.reserved else [])]
+    states = [s for request in cache._requests.values() for s in request.layers]
+    for tier, pool in enumerate(cache.tiers):
+        blocks = [i for s in states for i in s.tables[tier].ids]
+        taken = [(s.reserved.device, s.reserved.below) for s in states if s.reserved]
+        taken += [(s.sealed.leaving.fresh, s.sealed.leaving.below) for s in states if s.sealed and s.sealed.leaving]
+        for device, below in taken:
+            blocks += [i for at, i in [*((0, i) for i in device), *below] if at == tier]
         assert len(blocks) == len(set(blocks))
         said = stats["tiers"][pool.kind]
         assert said["blocks_used"] == len(blocks)
@@ -151,8 +218,13 @@ def _check_bytes(cache) -> None:
     windows = [t for window in cache._windows for t in window.tensors.values()]
     waiting = sum(t.untyped_storage().nbytes() for n, t in held_tensors(cache).items() if n.startswith("waiting"))
     assert stats["window"]["bytes_held"] == sum(_rows_bytes(t, slots) for t in windows) + waiting
+    rows = [row for s in states for table in s.tables for row in table.rows]
+    assert len(rows) == len(set(rows))
+    assert bool(rows) == (cache.importance is not None and any(map(len, (t for s in states for t in s.tables))))
+    assert stats["importance"]["bytes_held"] == (_rows_bytes(cache.importance.tensor, rows) if rows else 0)
     for figure in ("bytes_held", "bytes_allocated"):
-        parts = [stats["window"][figure], *(tier[figure] for tier in stats["tiers"].values())]
+        parts = [stats[part][figure] for part in ("window", "importance")]
+        parts += [tier[figure] for tier in stats["tiers"].values()]
         assert stats[figure] == sum(parts)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held_tensors(cache).values()}
     assert stats["bytes_allocated"] == sum(storages.values())
@@ -180,6 +252,25 @@ def test_bytes_are_those_of_the_storages(kind):
     assert stats["bytes_allocated"] > 0
 
 
+def test_bytes_while_a_step_runs(kind):
+    """A prompt's blocks, and what its windows will be, wait beside the rest until the step is committed."""
+    cache, _ = _warm(kind, warm=0)
+    for layer_id in range(2):  # blocks that nobody has looked at: under a budget they will leave
+        cache.append(layer_id, *random_kv(cache.model, 50, generator(2)), request_id=1)
+        cache.observe_routing(layer_id, *random_routing(cache.model, 50, generator(4)), request_id=1)
+    active = cache.begin(Step((Segment(0, 37, 1), Segment(1, 72, 60, "prompt"))))
+    for layer_id in range(2):
+        active.append(layer_id, *random_kv(cache.model, 61, generator(5)))
+        _check_bytes(cache)
+        active.attend(layer_id, random_q(cache.model, 61, generator(6)))
+        _check_bytes(cache)
+        assert cache._steps.active is (None if layer_id else active)  # it ends with the last layer
+        if layer_id == 0:
+            active.observe_routing(layer_id, *random_routing(cache.model, 61, generator(7)))
+            waiting = {name.split(".")[3] for name in held_tensors(cache) if name.startswith("waiting.1.0")}
+            assert waiting == {"after"} | ({"come"} if "budget" in kind else set())
+
+
 def test_nothing_of_size_is_left_out_of_stats(kind):
     """Every tensor that the process has more after a cache was made and filled is in stats, but for block tables and
     counters.
@@ -188,9 +279,9 @@ def test_nothing_of_size_is_left_out_of_stats(kind):
     cache, _ = _warm(kind, warm=0)
     after = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _live_tensors()}
     new = sum(size for place, size in after.items() if place not in before)
-    tables = [t._tensor for r in cache._requests.values() for s in r.layers for t in s.tables]
+    mirrors = [m._tensor for r in cache._requests.values() for s in r.layers for t in s.tables for m in t._tensors]
     counters = [cache._meter._sum, cache._meter._max]
-    beside = sum(t.untyped_storage().nbytes() for t in (*tables, *counters))
+    beside = sum(t.untyped_storage().nbytes() for t in (*mirrors, *counters, *cache.numbers._made.values()))
     slack = 8192  # the generator's state
     assert 0 <= new - beside - cache.stats()["bytes_allocated"] <= slack
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from dense import generator, model_config, random_kv, random_routing, runtime_config
 
-from pikv_megatron.cache.window import LayerWindow, WindowBuffer
+from pikv_megatron.cache.window import LayerWindow, window_buffers
 
 BUDGET = {"budget": {"policy": "uniform", "first_layer_tokens": 100, "over_budget": "drop"}}
 
@@ -17,7 +17,7 @@ def _window(sinks=2, window=6, block_size=4, importance=False, **model):
     config = model_config(**model)
     budget = BUDGET if importance else {}
     runtime = runtime_config(sinks=sinks, window=window, block_size=block_size, **budget)
-    buffer = WindowBuffer(config, runtime, 0)
+    buffer = window_buffers(config, runtime)[0]
     return config, buffer, LayerWindow(buffer, 1)
 
 

@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 
+import pikv_megatron
 from pikv_megatron.cli import common, demo, generate, main
 from pikv_megatron.config import load
 from pikv_megatron.facts import Fact, documents, load_text
@@ -122,6 +123,15 @@ def test_a_tokenizer_that_is_none(capsys, tmp_path):
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     assert main(["generate", "--prompt", "x", "--model", str(tmp_path / "model")]) == 2
     assert "tokenizer.json: not a tokenizer" in capsys.readouterr().err
+
+
+def test_packages_that_are_missing_are_named_with_what_brings_them(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert main(["generate", "--prompt", "x"]) == 2
+    assert "tokenizers comes with the extra hf" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert main(["generate", "--prompt", "x", "--model", "some/moe"]) == 2
+    assert "models of the Hugging Face Hub need the package huggingface_hub" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -282,16 +292,15 @@ def test_demo_figures_are_those_of_an_independent_loop(asked, monkeypatch):
     tokens = len(papers[0].text) + 8 * 5
     right, differences, certificates = [0, 0], [], []
     ours, _ = _sessions(LOSSY, tokens)
-    attention = ours.context.cache._attention
-    attend = attention.attend
+    attention = ours.context.cache.attention
+    attend = attention.attend_decode
 
-    def watch(state, rows, tokens):
-        attended = attend(state, rows, tokens)
-        if tokens == 1:
-            certificates.append(attended.missed[1].flatten())
+    def watch(states, rows, undo):
+        attended = attend(states, rows, undo)
+        certificates.append(attended.missed[1].flatten())
         return attended
 
-    monkeypatch.setattr(attention, "attend", watch)
+    monkeypatch.setattr(attention, "attend_decode", watch)
     for paper in papers:
         ours.context.reset()
         stock = type(ours).on_stock_cache(ours.model, 1, tokens)
@@ -321,7 +330,7 @@ def test_demo_figures_are_those_of_an_independent_loop(asked, monkeypatch):
 
 
 def test_demo_bytes_are_those_of_storages():
-    """The stock row is the sum of Megatron's tensors; PiKV's is the live rows of its pools and windows."""
+    """The stock row is the sum of Megatron's tensors; PiKV's is the live rows of pools, windows and importance."""
     from pikv_megatron.integrations import megatron
     from pikv_megatron.integrations.megatron.session import Session
 
@@ -344,11 +353,15 @@ def test_demo_bytes_are_those_of_storages():
         expected[pool.kind] = sum(t[i].numel() * t.element_size() for t in pool.tensors.values() for i in ids)
     for window in cache._windows:
         expected["device"] += sum(t[0].numel() * t.element_size() for t in window.tensors.values())
+    rows = cache.importance.tensor
+    entries = sum(len(table) for state in cache._requests[0].layers for table in state.tables)
+    expected["device"] += entries * rows[0].numel() * rows.element_size()
     held, allocated = demo._bytes(ours)
     assert held == expected
     storages = [t for pool in cache.tiers for t in pool.tensors.values()]
-    storages += [t for window in cache._windows for t in window.tensors.values()]
-    assert allocated == sum(t.untyped_storage().nbytes() for t in storages) >= sum(held.values())
+    storages += [rows, *(t for window in cache._windows for t in window.tensors.values())]
+    by_place = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in storages}
+    assert allocated == sum(by_place.values()) >= sum(held.values())
 
 
 VERSION = """

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from pikv_megatron import ConfigError, ModelConfig, PiKVCache, RuntimeConfig
+from pikv_megatron import Compressor, ConfigError, ModelConfig, PiKVCache, RuntimeConfig
 from pikv_megatron.config import dump, load, load_deepspeed, resolve
 from pikv_megatron.config.sections import (
     AttentionConfig,
@@ -107,6 +107,7 @@ WRONG = [
     ("runtime", {"attention": {"epsilon": 10**400}}, "runtime.attention.epsilon", "expected float, got an integer"),
     ("runtime", {"window": "x" * 10**6}, "runtime.window", "'xxxx"),
     ("runtime", {"device": "x" * 10**6}, "runtime.device", "'xxxx"),
+    ("runtime", {"codec": {"keys": "x" * 10**6}}, "runtime.codec.keys", "'xxxx"),
     ("runtime", {"check_finite": "sometimes"}, "runtime.check_finite", "'sometimes'"),
     ("runtime", {"attention": "exact"}, "runtime.attention", "'exact'"),
     ("runtime", {"attention": {"mode": "topk"}}, "runtime.attention.mode", "'topk'"),
@@ -340,6 +341,8 @@ def test_deepspeed_json_holds_the_same_sections(tmp_path):
         RuntimeConfig.from_deepspeed({"train_batch_size": 1})
     with pytest.raises(ConfigError, match=r"^pikv\.runtime\.windo: unknown key; did you mean 'window'"):
         RuntimeConfig.from_deepspeed({"pikv": {"runtime": {"windo": 1}}})
+    with pytest.raises(ConfigError, match=r"^pikv\.runtime\.codec\.keys: expected one of none, .*'int9'; did you mean"):
+        RuntimeConfig.from_deepspeed({"pikv": {"runtime": {"codec": {"keys": "int9"}}}})
     for text, said in (
         ("{'a': 1}", "not JSON: Expecting property name"),
         ("[1]", "expected a JSON object, got list"),
@@ -357,10 +360,13 @@ def test_which_layer_labels_which():
 
 
 def test_planes_are_kept_where_they_are_needed():
-    assert not RuntimeConfig().needs_planes
-    assert RuntimeConfig(codec=CodecConfig(keys="int4")).needs_planes
-    assert not RuntimeConfig(codec=CodecConfig(values="int4")).needs_planes
-    assert RuntimeConfig(attention=AttentionConfig(mode="top_k")).needs_planes
+    def planes(**changes):
+        return "k_high" in Compressor(ModelConfig(), RuntimeConfig(**changes)).fields()
+
+    assert not planes()
+    assert planes(codec=CodecConfig(keys="int4"))
+    assert not planes(codec=CodecConfig(values="int4"))
+    assert planes(attention=AttentionConfig(mode="top_k"))
 
 
 def test_a_dense_model_has_no_moe_layers():

@@ -73,7 +73,7 @@ def compare(config, prompts):
     expected = greedy_static(stock, StaticInferenceContext(2, 128), prompts, STEPS)
     context = PiKVInferenceContext(model_config(config), RUNTIME, 2, 128)
     heard = []
-    context.dispatch_listeners.append(Listener(heard))
+    context.collective_listeners.append(Listener(heard))
     ours = greedy_static(hooked, context, prompts, STEPS)
     attached = greedy_static(stock, attach(stock, RUNTIME).static_context(2, 128), prompts, STEPS)
     return {
@@ -110,11 +110,11 @@ class Listener:
     def __init__(self, heard):
         self.heard = heard
 
-    def dispatch_launched(self, layer_id):
-        self.heard.append(layer_id)
+    def started(self, layer_id, kind, nbytes):
+        self.heard.append((layer_id, kind, nbytes))
 
-    def dispatch_finished(self, layer_id):
-        self.heard.append(layer_id)
+    def finished(self, layer_id, kind):
+        self.heard.append((layer_id, kind))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def test_two_ranks_equal_stock(tmp_path):
             seen = report[dispatcher]
             assert seen["same_tokens"] and seen["worst"] <= 1e-4
             assert seen["local_experts"] == 4
-            assert seen["heard"] == 2 * 3 * 24  # launched and finished, three layers, 24 steps
+            assert seen["heard"] == 2 * 2 * 3 * 24  # started and finished, dispatch and combine, three layers, 24 steps
             assert seen["blocks"] > 20
         assert ranks[0][dispatcher]["tokens"] != ranks[1][dispatcher]["tokens"]
     for report in ranks:

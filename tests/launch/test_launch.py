@@ -153,8 +153,9 @@ def test_megatron_sizes_must_fit_the_world():
 
 def test_megatron_without_cuda_needs_the_shim(monkeypatch):
     from pikv_megatron.integrations import cpu_compat
+    from pikv_megatron.launch import init_megatron
 
     monkeypatch.setattr(cpu_compat, "_installed", False)
     monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match=r"cpu_compat\.install\(\)"):
-        launch.init_megatron()
+        init_megatron()

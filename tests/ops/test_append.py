@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pikv_megatron.codecs.compressor import KEY_PLANES
-from pikv_megatron.config import CODE_BITS
+from pikv_megatron.codecs import CODECS
 from pikv_megatron.ops import reference
 from pikv_megatron.ops.reference import Keys, Values
 
@@ -17,7 +16,7 @@ def _pool(
     codec: str, size: int, dim: int, value_dim: int, dtype: torch.dtype, index: bool = True
 ) -> tuple[Keys, Values]:
     """A pool full of rubbish; codec none has raw fields and, with `index`, an index plane."""
-    hi, lo = KEY_PLANES[codec]
+    hi, lo = CODECS.pick(codec).key_planes
 
     def rubbish(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
         return torch.full((BLOCKS, GROUPS, *shape), 77, dtype=dtype)
@@ -30,7 +29,7 @@ def _pool(
     keys = Keys(rubbish(size, dim, dtype=dtype) if raw else None, *planes, hi, lo)
     if raw:
         return keys, Values(rubbish(size, value_dim, dtype=dtype), None, None, None, 0)
-    bits = CODE_BITS[codec]
+    bits = CODECS.pick(codec).value_bits
     scales = [rubbish(size, dtype=torch.float16) for _ in range(2)]
     return keys, Values(None, rubbish(size, value_dim * bits // 8), *scales, bits)
 

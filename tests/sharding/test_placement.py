@@ -6,7 +6,7 @@ import pytest
 import torch
 from dense import model_config, runtime_config
 
-from pikv_megatron.sharding.placement import Placement
+from pikv_megatron.sharding.placement.owners import Owners
 
 START = torch.arange(2, 2 + 8 * 4, 4)  # eight blocks after two sinks
 BY_POSITION = {"sharding": {"placement": "position"}}
@@ -17,7 +17,7 @@ BY_POSITION = {"sharding": {"placement": "position"}}
 )
 def test_experts_lie_in_contiguous_runs(ranks, owners):
     """As Megatron places them."""
-    placement = Placement(model_config(num_experts=8), runtime_config(), ranks)
+    placement = Owners(model_config(num_experts=8), runtime_config(), ranks)
     assert placement.owner(torch.arange(8), START).tolist() == owners
 
 
@@ -25,6 +25,6 @@ def test_experts_lie_in_contiguous_runs(ranks, owners):
 @pytest.mark.parametrize(("model", "runtime"), [({}, BY_POSITION), ({"num_experts": 0}, {})])
 def test_positions_go_round(ranks, model, runtime):
     """Where asked for, and where there are no experts: neighbours lie on different ranks."""
-    placement = Placement(model_config(**model), runtime_config(**runtime), ranks)
+    placement = Owners(model_config(**model), runtime_config(**runtime), ranks)
     owners = placement.owner(torch.zeros(8, dtype=torch.int64), START).tolist()
     assert owners == [i % ranks for i in range(8)]

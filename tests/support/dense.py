@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pikv_megatron import ModelConfig, PiKVCache, RuntimeConfig
+from pikv_megatron import ModelConfig, PiKVCache, RuntimeConfig, Segment, Step
 
 MODEL = {
     "num_layers": 2,
@@ -114,9 +114,27 @@ def step(cache: PiKVCache, k: Tensor, v: Tensor, rng: torch.Generator, request_i
             cache.observe_routing(layer_id, *random_routing(model, tokens, rng), request_id)
 
 
+def forward(cache: PiKVCache, tokens: dict[int, int], rng: torch.Generator) -> list[Tensor]:
+    """One `Step` of so many tokens of each request over all layers, K, V, q and routing random; the layers' outputs."""
+    model, total = cache.model, sum(tokens.values())
+    live = cache.requests()
+    starts = {request_id: cache.length(0, request_id) if request_id in live else 0 for request_id in tokens}
+    segments = [Segment(r, starts[r], n, "decode" if n == 1 else "prompt") for r, n in tokens.items()]
+    outs = []
+    with cache.begin(Step(tuple(segments))) as active:
+        for layer_id in range(model.num_layers):
+            active.append(layer_id, *random_kv(model, total, rng))
+            outs.append(active.attend(layer_id, random_q(model, total, rng)).out)
+            if model.label_source(layer_id) == layer_id:
+                active.observe_routing(layer_id, *random_routing(model, total, rng))
+    return outs
+
+
 def held_tensors(cache: PiKVCache) -> dict[str, Tensor]:
     """Every tensor that K/V, labels or importance are stored in, by a name of its own."""
     named = {f"{pool.kind}.{name}": t for pool in cache.tiers for name, t in pool.tensors.items()}
+    if cache.importance is not None:
+        named["importance"] = cache.importance.tensor
     for layer_id, window in enumerate(cache._windows):
         named |= {f"window.{layer_id}.{name}": t for name, t in window.tensors.items()}
     for request_id, request in cache._requests.items():
@@ -124,24 +142,36 @@ def held_tensors(cache: PiKVCache) -> dict[str, Tensor]:
             prefix = f"waiting.{request_id}.{layer_id}.routing"
             named |= {f"{prefix}.expert_ids": expert_ids, f"{prefix}.weights": weights}
         for state in request.layers:
-            if state.window._waiting is not None:
-                names = state.window._waiting._asdict().items()
-                named |= {f"waiting.{request_id}.{state.layer_id}.{n}": t for n, t in names if t is not None}
+            prefix = f"waiting.{request_id}.{state.layer_id}"
+            for part, raw in (("", state.window._waiting), ("after.", state.window._after)):
+                names = raw._asdict().items() if raw else ()
+                named |= {f"{prefix}.{part}{n}": t for n, t in names if t is not None}
+            if state.sealed is not None and (come := state.sealed.leaving) is not None:
+                fields = come.fields | {"start": come.start, "label": come.label, "importance": come.importance}
+                named |= {f"{prefix}.come.{n}": t for n, t in fields.items()}
     return named
 
 
+def _reserved(state: Any) -> Any:
+    r = state.reserved
+    return r and (r.grows, list(r.device), list(r.below), r.victim and r.victim.read())
+
+
 def snapshot(cache: PiKVCache) -> dict[str, Any]:
-    """A deep copy of the cache's state, to be compared with `==`: tensors as bytes, so that NaN equals itself."""
+    """A deep copy of the cache's state, to be compared with `==`: tensors as bytes, so that NaN equals itself. A step
+    that has reached its end is committed by it.
+    """
+    stats = cache.stats()
     tensors = {n: t.contiguous().view(torch.uint8).numpy().tobytes() for n, t in held_tensors(cache).items()}
     requests = {
         request_id: [
-            (s.length, s.sealed_end, s.reserved, s.window.tokens, [list(t.ids) for t in s.tables])
+            (s.length, s.sealed_end, _reserved(s), s.window.tokens, [(list(t.ids), list(t.rows)) for t in s.tables])
             for s in request.layers
         ]
         for request_id, request in cache._requests.items()
     }
     free = [pool.free_blocks for pool in cache.tiers]
-    return {"tensors": tensors, "requests": requests, "free": free, "stats": cache.stats()}
+    return {"tensors": tensors, "requests": requests, "free": free, "stats": stats}
 
 
 def assert_pools_free(cache: PiKVCache) -> None:

@@ -80,6 +80,34 @@ def twin(model, config, spec):
     return other
 
 
+def hybrid_model(monkeypatch, pattern):
+    """A HybridModel of attention (*) and MoE (E) layers, and the spec of its stack."""
+    from megatron.core.models.hybrid import hybrid_block
+    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+    config = tiny_config(num_layers=len(pattern))
+    part = stock_spec(config).submodules
+    monkeypatch.setattr(hybrid_block, "TENorm", part.input_layernorm)  # its only norm is Transformer Engine's
+    attention = TransformerLayerSubmodules(
+        input_layernorm=part.input_layernorm, self_attention=part.self_attention, self_attn_bda=part.self_attn_bda
+    )
+    experts = TransformerLayerSubmodules(pre_mlp_layernorm=part.pre_mlp_layernorm, mlp=part.mlp, mlp_bda=part.mlp_bda)
+    assert attention.mlp in (IdentityOp, IdentityFuncOp)
+    stack = ModuleSpec(
+        module=HybridStack,
+        submodules=HybridStackSubmodules(
+            attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
+            moe_layer=ModuleSpec(module=TransformerLayer, submodules=experts),
+        ),
+    )
+    torch.manual_seed(5)
+    return HybridModel(config, stack, 256, 512, pattern, position_embedding_type="rope").eval(), stack
+
+
 def causal_mask(tokens):
     return torch.ones(1, 1, tokens, tokens, dtype=torch.bool).triu(1)
 

@@ -1,4 +1,4 @@
-"""The ops of decode steps called for one request alone, n = 1: what most of their tests are about."""
+"""The ops and readers of decode steps called for one request alone, n = 1: what most of their tests are about."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pikv_megatron.config.sections import AttentionConfig
+from pikv_megatron.device_numbers import DeviceNumbers
 from pikv_megatron.ops.reference import BlockScores, Keys, Partial, TokenScores, Values
+from pikv_megatron.reading import READERS
+from pikv_megatron.reading.reader import Reading, Source
 
 
 def run_of(count: int) -> Tensor:
@@ -89,3 +93,17 @@ class OneRequest:
         """k: [G, S, D], the request's raw keys."""
         importance = self.ops.window_importance(q.unsqueeze(0), lse.unsqueeze(0), *in_buffer(k), scale)
         return importance[0, 2 : 2 + k.shape[1]]
+
+
+def source_of(keys: Keys, values: Values, block_ids: Tensor, size: int) -> Source:
+    """A request's blocks in one tier."""
+    return Source(keys, values, block_ids, run_of(len(block_ids)), (len(block_ids),), size)
+
+
+def read_one(q: Tensor, sources: list[Source], raw_lse: Tensor, section: AttentionConfig, scale: float) -> Reading:
+    """What a section's reader reads of one request: q [G, R, D], raw_lse [G, R]. Its figures are [G, R], tokens [G]."""
+    make = READERS.pick(section.mode)
+    assert make is not None
+    read = make(section).read(q.unsqueeze(0), sources, raw_lse.unsqueeze(0), scale, DeviceNumbers(q.device))
+    figures = (read.estimate[0], read.certificate[0], read.tokens_read[0])
+    return Reading([_alone(partial) for partial in read.partials], *figures, read.scores)

@@ -52,6 +52,10 @@ class Layer:
     raw: list[Token] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
     length: int = 0
+    chosen: dict[int, float] = field(default_factory=dict)
+    """Where a single new block will take another's place: start and importance of the blocks held when its last token
+    was appended. The least important of those leaves.
+    """
 
     def raw_positions(self) -> list[int]:
         return [i if i < self.sinks else i - self.sinks + self.end for i in range(len(self.raw))]
@@ -97,6 +101,9 @@ class PlainRequest:
         layer = self.layers[layer_id]
         layer.raw += [Token(*pair) for pair in zip(k, v, strict=True)]
         layer.length += len(k)
+        old = [b for b in layer.blocks if b.tier == 0]
+        full = self.allowed is not None and layer.sliding is None and len(old) >= self.allowed[layer_id]
+        layer.chosen = {b.start: sum(b.importance) for b in old} if full and self.waiting(layer_id) == 1 else {}
         source = self.model.label_source(layer_id)
         if source != layer_id and source in self.observed and self.observed[source][0] == layer.length:
             self._vote(layer, self.observed[source][1][-len(k) :])
@@ -152,19 +159,20 @@ class PlainRequest:
         layer = self.layers[layer_id]
         old = [b for b in layer.blocks if b.tier == 0]
         layer.blocks += new
+        chosen, layer.chosen = layer.chosen, {}
         if self.allowed is None or not new:
             return
-        over = len(old) + len(new) - self.allowed[layer_id]
-        compete = old if len(new) == 1 and old else old + new
-        gone = sorted(compete, key=lambda b: sum(b.importance))[: max(0, over)]
-        if device is not None and over > 0:
-            really = [b for b in compete if b.start not in device]
+        over = max(0, len(old) + len(new) - self.allowed[layer_id])
+        compete = {b.start: chosen.get(b.start, sum(b.importance)) for b in (old if chosen else old + new)}
+        gone = sorted(compete, key=compete.__getitem__)[:over]
+        if device is not None and over:
+            really = [start for start in compete if start not in device]
             assert len(really) == over
-            most, least = (max(sum(b.importance) for b in blocks) for blocks in (really, gone))
+            most, least = (max(compete[start] for start in starts) for starts in (really, gone))
             assert most <= least * 1.001 + 1e-5, f"layer {layer_id}: a more important block left"
             gone = really
-        for b in gone:
-            b.tier = 1
+        for b in layer.blocks:
+            b.tier = 1 if b.start in gone else b.tier
         if self.runtime.budget.over_budget == "drop":
             layer.blocks = [b for b in layer.blocks if b.tier == 0]
 

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pikv_megatron.codecs.compressor import KEY_PLANES
-from pikv_megatron.config import CODE_BITS
+from pikv_megatron.codecs import CODECS
 from pikv_megatron.ops import reference
 from pikv_megatron.ops.reference import Keys, LowRank, Values
 
@@ -24,14 +23,14 @@ class Stored(NamedTuple):
 
 def store(k: Tensor, v: Tensor, codec: str) -> Stored:
     """Blocks of raw k [blocks, G, B, D] and v [blocks, G, B, E] (float32 or narrower); codec none keeps an index."""
-    hi, lo = KEY_PLANES[codec]
+    hi, lo = CODECS.pick(codec).key_planes
     high, low, scale, zero = reference.quantize_block(k, hi, lo, per_channel=True)
     raw = codec == "none"
     keys = Keys(k if raw else None, high, low, scale, zero, hi, lo)
     decoded_k = k if raw else reference.dequantize_block(high, low, scale, zero, hi, lo, per_channel=True)
     if raw:
         return Stored(keys, Values(v, None, None, None, 0), decoded_k.double(), v.double())
-    bits = CODE_BITS[codec]
+    bits = CODECS.pick(codec).value_bits
     codes, _, v_scale, v_zero = reference.quantize_block(v, bits, 0, per_channel=False)
     decoded_v = reference.dequantize_block(codes, None, v_scale, v_zero, bits, 0, per_channel=False)
     return Stored(keys, Values(None, codes, v_scale, v_zero, bits), decoded_k.double(), decoded_v.double())

@@ -1,4 +1,6 @@
-"""BlockPool and BlockTable: ids are handed out once, contents land where they were meant to, bytes are storages'."""
+"""BlockPool, BlockTable and ImportanceRows: ids are handed out once, contents land where they were meant to, bytes are
+storages', and what the host keeps as lists the device has as tensors.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,14 @@ import tracemalloc
 import pytest
 import torch
 
-from pikv_megatron.codecs.compressor import Field
-from pikv_megatron.tiers.blocks import BlockPool, BlockTable, PoolFullError
+from pikv_megatron.tiers.blocks import BlockPool, BlockTable, Field, ImportanceRows, Place, PoolFullError
 
 FIELDS = {"a": Field((2, 4), torch.uint8), "b": Field((3,), torch.float16)}
 CPU = torch.device("cpu")
 
 
-def _pool(blocks=10, importance=True):
-    return BlockPool("device", blocks, 4, FIELDS, CPU, importance)
+def _pool(blocks=10, kind="device"):
+    return BlockPool(Place(0, kind, "a/b"), blocks, 4, FIELDS, CPU)
 
 
 def _contents(count, seed=0):
@@ -27,13 +28,13 @@ def _contents(count, seed=0):
     }
     start = torch.randint(0, 1000, (count,), generator=rng)
     label = torch.randint(0, 8, (count,), generator=rng)
-    return encoded, start, label, torch.rand(count, 4, generator=rng)
+    return encoded, start, label
 
 
-def _write(pool, ids, encoded, start, label, importance):
+def _write(pool, ids, encoded, start, label):
     for name, tensor in pool.fields.items():
         tensor[ids] = encoded[name]
-    pool.describe(ids, start, label, importance)
+    pool.describe(ids, start, label)
 
 
 def test_ids_are_handed_out_lowest_first_and_once():
@@ -92,19 +93,18 @@ def test_no_block_is_counted_from_the_end():
 
 def test_what_is_written_is_what_is_there():
     pool = _pool()
-    encoded, start, label, importance = _contents(3)
-    _write(pool, torch.tensor([5, 1, 8]), encoded, start, label, importance)
+    encoded, start, label = _contents(3)
+    _write(pool, torch.tensor([5, 1, 8]), encoded, start, label)
     for place, i in ((5, 0), (1, 1), (8, 2)):
         assert torch.equal(pool.fields["a"][place], encoded["a"][i])
         assert torch.equal(pool.fields["b"][place], encoded["b"][i])
         assert (pool.start[place], pool.label[place]) == (start[i], label[i])
-        assert torch.equal(pool.importance[place], importance[i])
     untouched = [i for i in range(10) if i not in (5, 1, 8)]
     assert all((t[untouched] == 0).all() for t in pool.tensors.values())
 
 
 def test_blocks_are_copied_whole_from_pool_to_pool():
-    pool, other = _pool(), BlockPool("host", 6, 4, FIELDS, CPU, True)
+    pool, other = _pool(), _pool(6, "host")
     _write(other, torch.arange(4), *_contents(4))
     pool.copy_from(torch.tensor([9, 2]), other, torch.tensor([3, 0]))
     for name, tensor in pool.tensors.items():
@@ -112,37 +112,110 @@ def test_blocks_are_copied_whole_from_pool_to_pool():
         assert torch.equal(tensor[2], other.tensors[name][0])
 
 
-@pytest.mark.parametrize("importance", [True, False])
-def test_bytes_are_those_of_the_tensors(importance):
-    pool = _pool(importance=importance)
-    per_block = 2 * 4 + 3 * 2 + 8 + 8 + (4 * 4 if importance else 0)
+def test_bytes_are_those_of_the_tensors():
+    pool = _pool()
+    per_block = 2 * 4 + 3 * 2 + 8 + 8
     assert pool.block_bytes == per_block
     held = [x for value in vars(pool).values() for x in (value.values() if isinstance(value, dict) else [value])]
     storages = [t.untyped_storage().nbytes() for t in held if isinstance(t, torch.Tensor)]
     assert pool.allocated_bytes == sum(storages) == 10 * per_block
 
 
-def test_a_table_keeps_list_and_tensor_alike():
+def test_what_another_device_reads_is_copied():
+    """Memory of the device's own type is read in place."""
+    pool = _pool()
+    _write(pool, torch.arange(3), *_contents(3))
+    fields, ids = pool.get(torch.tensor([2, 0]), CPU).wait()
+    assert fields is pool.fields
+    assert ids.tolist() == [2, 0]
+    fields, ids = pool.get(torch.tensor([2, 0]), torch.device("meta")).wait()
+    assert {name: (t.device.type, t.shape) for name, t in fields.items()} == {
+        "a": ("meta", (2, 2, 4)),
+        "b": ("meta", (2, 3)),
+    }
+    assert ids.is_meta
+
+
+@pytest.mark.parametrize("budget", [False, True])
+def test_a_table_keeps_lists_and_tensors_alike(budget):
+    """Whatever is added, taken out and written over, and whenever the tensors are asked for."""
     pool, chance = _pool(4000), random.Random(2)
-    table, expected = BlockTable(pool), []
+    importance = ImportanceRows(4000, 4, CPU) if budget else None
+    table, expected = BlockTable(pool, importance), list[int]()
+    rows = dict[int, int]()  # of each block
     for count in (0, 1, 3, 70, 1, 1, 300, 1, 900):  # across several growths
         ids = pool.allocate(count)
-        table.extend(ids)
+        rows |= dict(zip(ids, table.extend(ids), strict=budget))
         expected += ids
+        gone = sorted(chance.sample(range(len(expected)), len(expected) // 3))
+        removed = [expected[entry] for entry in gone]
+        if chance.random() < 0.7:  # the tensors need not be asked for in between
+            assert table.ids == table.tensor.tolist() == expected
+        assert table.remove(chance.sample(gone, len(gone))) == removed
+        pool.free(removed)
+        expected = [i for i in expected if i not in removed]
+        if expected:
+            entry, (new,) = chance.randrange(len(expected)), pool.allocate(1)
+            table.replace(entry, new)
+            pool.free([expected[entry]])
+            if budget:
+                rows[new] = rows[expected[entry]]
+            expected[entry] = new
         assert table.ids == table.tensor.tolist() == expected
-        gone = set(chance.sample(expected, len(expected) // 3))
-        table.remove(gone)
-        pool.free(gone)
-        expected = [i for i in expected if i not in gone]
-        assert table.ids == table.tensor.tolist() == expected
+        assert table.rows == table.row_tensor.tolist() == ([rows[i] for i in expected] if budget else [])
         assert len(table) == len(expected)
+        if importance is not None:
+            assert importance.used == len(expected)
     assert table.clear() == expected
-    assert len(table) == table.tensor.numel() == 0
+    assert len(table) == table.tensor.numel() == table.row_tensor.numel() == 0
+    assert importance is None or importance.used == 0
+
+
+def test_a_tables_tensor_is_copied_from_where_it_changed(monkeypatch):
+    """Once a step and layer: what is at the end, what was written over, and no more."""
+    pool = _pool(200)
+    table, copied = BlockTable(pool), list[int]()
+    make = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda values, **kwargs: copied.append(len(values)) or make(values, **kwargs))
+    table.extend(range(100))
+    for change, count in (
+        (lambda: None, [100]),
+        (lambda: None, []),
+        (lambda: table.extend([100]), [1]),
+        (lambda: table.replace(99, 150), [2]),
+        (lambda: table.remove([98]), [2]),
+        (lambda: table.remove([99]), []),
+    ):
+        copied.clear()
+        change()
+        assert table.tensor.tolist() == table.ids
+        assert copied == count
+
+
+def test_rows_of_importance_have_one_owner_and_keep_what_they_hold():
+    """More than there are may be asked for: then there are more, and none moves."""
+    rows, chance, taken = ImportanceRows(10, 4, CPU), random.Random(3), dict[int, float]()
+    for number in range(300):
+        if chance.random() < 0.6:
+            new = rows.allocate(chance.choice([0, 1, 1, 5]))
+            assert taken.keys().isdisjoint(new)
+            assert len(new) == len(set(new))
+            for row in new:
+                rows.tensor[row] = taken[row] = float(number)
+        else:
+            back = chance.sample(sorted(taken), min(len(taken), chance.choice([1, 3, 20])))
+            rows.free(back)
+            for row in back:
+                del taken[row]
+        assert rows.used == len(taken)
+        assert rows.tensor[sorted(taken)].tolist() == [[taken[row]] * 4 for row in sorted(taken)]
+    assert rows.tensor.shape[0] > 20
+    assert ImportanceRows(10, 4, CPU).allocate(10) == list(range(10))
 
 
 def test_asking_for_few_blocks_does_not_copy_the_free_list():
     """Every append asks, mostly for none."""
-    pool = _pool(blocks=200_000, importance=False)
+    pool = _pool(200_000)
     tracemalloc.start()
     pool.allocate(0)
     assert pool.allocate(2) == [0, 1]

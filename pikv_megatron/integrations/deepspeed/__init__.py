@@ -4,8 +4,8 @@ each) and under `initialize` with AutoEP (the experts spread over ranks, each ra
     engine = init_inference(model, {"dtype": "fp32", "tensor_parallel": {"tp_size": 2}, "pikv": {"runtime": {...}}})
     engine.generate(ids, attention_mask=mask, max_new_tokens=64)  # makes its cache itself
 
-Models of `deepspeed.moe.layer.MoE` are observed by `deepspeed_moe.hook_moe`; what is assumed of DeepSpeed, and patched
-while its own initialisation runs, is in `deepspeed_support`. The cache is `huggingface.PiKVHFCache`.
+Models of `deepspeed.moe.layer.MoE` are observed by `moe.hook_moe`; what is assumed of DeepSpeed, and patched
+while its own initialisation runs, is in `support`. The cache is `huggingface.PiKVHFCache`.
 """
 
 from __future__ import annotations

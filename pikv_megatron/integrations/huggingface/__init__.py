@@ -4,8 +4,8 @@
     model.generate(ids, attention_mask=mask, past_key_values=cache)
     detach(model)
 
-How a forward meets the cache is in `huggingface_attention` and `huggingface_cache`, what is read of a model in
-`huggingface_model`, what is refused in `huggingface_support`.
+How a forward meets the cache is in `attention` and `cache`, what is read of a model in
+`model`, what is refused in `support`.
 """
 
 from __future__ import annotations

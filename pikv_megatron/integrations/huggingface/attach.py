@@ -145,10 +145,13 @@ def _before(
 
 @eager
 def _after(config: Any, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Ends a forward, a failed one too: nothing of it stays, and no reference to its cache."""
+    """Ends a forward, a failed one (output None) too: no reference to its cache stays."""
+    cache, current.cache = current.cache, None
     config._attn_implementation = NAME
     current.writing = current.routed = None
     current.serving = False
+    if cache is not None:
+        cache.finish(failed=output is None)
 
 
 @eager
@@ -164,4 +167,4 @@ def _observe(router: Router, gate: nn.Module, args: tuple[Any, ...], output: Any
             f"layer {router.layer_id}: expected {type(gate).__name__} to return expert ids and weights, or logits of "
             f"{router.num_experts} experts"
         )
-    routed.cache.observe(routed.layer_id, routed.step, *routing)
+    routed.cache.observe(routed.layer_id, *routing)

@@ -98,17 +98,17 @@ def _attend(
             f"past_key_values: made for {cache.cache.model.torch_dtype}, the model now computes in {query.dtype}; make "
             "the cache once the model is in its dtype"
         )
-    step = cache.plan(layer_id, query.shape[0], query.shape[2], mask)
+    cache.plan(layer_id, query.shape[0], query.shape[2], mask)
     if cache.latents:
         key, value = join(*given)
         query = fold_query(module, query)
-    cache.store(layer_id, step, key, value)
-    out, lse = cache.attend(layer_id, step, query)
+    cache.store(layer_id, key, value)
+    out, lse = cache.attend(layer_id, query)
     if cache.latents:
         out = expand_output(module, out)
     if s_aux is not None:
         out = out * torch.sigmoid(lse - s_aux.float()).unsqueeze(-1).to(out.dtype)
-    current.routed = Routed(cache, layer_id, step)
+    current.routed = Routed(cache, layer_id)
     return out.contiguous()  # AFMoE's code takes a view of it
 
 

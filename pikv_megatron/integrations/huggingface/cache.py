@@ -1,15 +1,14 @@
 """PiKVHFCache: transformers' `Cache` over one PiKVCache, a request per row of the batch.
 
-transformers counts columns of the batch, pads included; PiKV holds real tokens only. `Step` is the plan of one forward:
-which of its columns are real, per row. Who computes attention, and how a cache comes to it, is in
-`huggingface_attention`.
+transformers counts columns of the batch, pads included; PiKV holds real tokens only. A forward is one step of the
+cache: the real columns of every row. Who computes attention, and how a cache comes to it, is in `attention`.
 """
 
 from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from pikv_megatron.cache.cache import PiKVCache
+from pikv_megatron.cache.step import ActiveStep, Segment, Step
 from pikv_megatron.config import RuntimeConfig, Source
 from pikv_megatron.integrations.huggingface.attach import advice, attach_once
 from pikv_megatron.integrations.huggingface.current import NAME, current, eager
@@ -27,28 +27,15 @@ from pikv_megatron.integrations.huggingface.mla import caches_latents
 from pikv_megatron.integrations.huggingface.model import attention_layers, find_model, model_config
 from pikv_megatron.tiers.blocks import PoolFullError
 
-EARLY = "the last forward ended early or left out a layer; reset() the cache"
-
 
 @dataclass
-class Step:
-    """One forward over `columns` new columns of every row.
+class Forward:
+    """One forward over `columns` new columns of every row, behind `before` older ones; the layer whose turn it is."""
 
-    picks: per row, the columns that hold real tokens (int64 indices), or None for all of them.
-    each: one real token for every row, all of them live already: they are served together.
-    whole: one row, without pads.
-    next_layer: the layer whose turn it is.
-    """
-
+    before: int
     columns: int
-    picks: list[Tensor | None]
-    each: bool
-    whole: bool
+    step: ActiveStep
     next_layer: int = 0
-
-    def count(self, row: int) -> int:
-        pick = self.picks[row]
-        return self.columns if pick is None else len(pick)
 
 
 class PiKVHFCache(Cache):
@@ -87,7 +74,7 @@ class PiKVHFCache(Cache):
         self._next_id = 0
         self._mask: Tensor | None = None
         self._lengths = [0] * len(self.layers)
-        self._step: Step | None = None
+        self._forward: Forward | None = None
         self._awaiting: int | None = None
         self._given: tuple[Tensor, Tensor] | None = None
 
@@ -126,10 +113,11 @@ class PiKVHFCache(Cache):
                 f"layer {self._awaiting}: its attention did not run through PiKV; attach(model) the model that this "
                 "cache is used with, and reset() the cache"
             )
-        if layer_idx != (0 if self._step is None else self._step.next_layer):
-            raise RuntimeError(f"layer {layer_idx}: {EARLY}")
+        expected = 0 if self._forward is None else self._forward.next_layer
+        if layer_idx != expected:
+            raise RuntimeError(f"layer {layer_idx}: expected layer {expected} next, whose keys have not come")
         self._awaiting, self._given = layer_idx, (key_states, value_states)
-        current.writing = self
+        current.writing = current.cache = self
         return key_states, value_states
 
     def start(self, layer_id: int) -> tuple[Tensor, Tensor]:
@@ -140,88 +128,94 @@ class PiKVHFCache(Cache):
         self._awaiting = None
         return given
 
-    def plan(self, layer_id: int, batch: int, columns: int, mask: Tensor | None) -> Step:
-        """The step that a layer is in; made at layer 0, where one that does not fit is refused whole."""
+    def plan(self, layer_id: int, batch: int, columns: int, mask: Tensor | None) -> None:
+        """Begins the forward's step at layer 0, where one that does not fit is refused whole."""
         if layer_id == 0:
-            with self.agreement:
-                rows, mask, step = self._plan(batch, columns, mask)  # changes nothing
-            self._rows, self._mask, self._step = rows, mask, step
-        assert self._step is not None
-        return self._step
+            begun = None
+            try:
+                with self.agreement:
+                    rows, mask, begun = self._begin(batch, columns, mask)
+            except BaseException:
+                if begun is not None:
+                    begun.abort("another rank refused the step")
+                raise
+            self._rows, self._mask = rows, mask
+            self._forward = Forward(self._lengths[0], columns, begun)
 
-    def store(self, layer_id: int, step: Step, key: Tensor, value: Tensor) -> None:
+    def store(self, layer_id: int, key: Tensor, value: Tensor) -> None:
         """Stores a layer's real tokens: key, value [batch, KV heads, columns, channels]."""
-        k, v = key.transpose(1, 2), value.transpose(1, 2)
-        step.next_layer = -1  # stays so if this fails half-way
-        if step.each:
-            self.cache.append_each(layer_id, k[:, 0], v[:, 0], self._rows)
-        elif step.whole:
-            self.cache.append(layer_id, k[0], v[0], self._rows[0])
-        else:
-            for row, request_id, at in self._real(step):
-                self.cache.append(layer_id, k[row, at], v[row, at], request_id)
-        self._lengths[layer_id] += step.columns
-        step.next_layer = layer_id + 1
-        if step.next_layer == len(self.layers):
-            self._step = None
+        forward = self._forward
+        assert forward is not None
+        forward.step.append(layer_id, *(x.transpose(1, 2).flatten(0, 1) for x in (key, value)))
+        self._lengths[layer_id] += forward.columns
+        forward.next_layer = layer_id + 1
 
-    def attend(self, layer_id: int, step: Step, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention of a step's real tokens to all that a layer holds: query [batch, heads, columns, head_dim].
+    def attend(self, layer_id: int, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of the step's real tokens to all that a layer holds: query [batch, heads, columns, head_dim].
 
         Returns:
             out [batch, columns, heads, v_head_dim] and lse [batch, columns, heads], zeros at pads.
         """
-        q = query.transpose(1, 2)
-        if step.each:
-            out, lse = self.cache.attend_each(layer_id, q[:, 0], self._rows)
-            return out.unsqueeze(1), lse.unsqueeze(1)
-        if step.whole:
-            out, lse = self.cache.attend(layer_id, q[0], self._rows[0])
-            return out.unsqueeze(0), lse.unsqueeze(0)
-        out = q.new_zeros(*q.shape[:3], self.cache.model.value_dim)
-        lse = q.new_zeros(q.shape[:3], dtype=torch.float32)
-        for row, request_id, at in self._real(step):
-            out[row, at], lse[row, at] = self.cache.attend(layer_id, q[row, at], request_id)
-        return out, lse
+        assert self._forward is not None
+        out, lse, *_ = self._forward.step.attend(layer_id, query.transpose(1, 2).flatten(0, 1))
+        shape = query.shape[0], query.shape[2]
+        return out.unflatten(0, shape), lse.unflatten(0, shape)
 
-    def _real(self, step: Step) -> Iterator[tuple[int, int, slice | Tensor]]:
-        """Row, its request and the columns of its real tokens, for every row that has some."""
-        for row, (request_id, pick) in enumerate(zip(self._rows, step.picks, strict=True)):
-            if step.count(row):
-                yield row, request_id, slice(None) if pick is None else pick
-
-    def observe(self, layer_id: int, step: Step, expert_ids: Tensor, weights: Tensor) -> None:
+    def observe(self, layer_id: int, expert_ids: Tensor, weights: Tensor) -> None:
         """Labels the tokens that a layer stored last: expert_ids, weights [batch * columns, topk], pads included."""
-        if not self.cache.model.num_experts:
-            return
-        if step.each:
-            self.cache.observe_each(layer_id, expert_ids, weights, self._rows)
-            return
-        ids, gates = (x.unflatten(0, (-1, step.columns)) for x in (expert_ids, weights))
-        for row, request_id, at in self._real(step):
-            self.cache.observe_routing(layer_id, ids[row, at], gates[row, at], request_id)
+        if self.cache.model.num_experts and self._forward is not None:
+            self._forward.step.observe_routing(layer_id, expert_ids, weights)
 
-    def _plan(self, batch: int, columns: int, mask: Tensor | None) -> tuple[list[int], Tensor | None, Step]:
-        """Rows and mask behind the next forward, and its step; raises where it does not fit."""
+    def finish(self, failed: bool) -> None:
+        """Ends the forward; of one that has failed, or has not gone through every layer, nothing stays.
+
+        Raises:
+            RuntimeError: it has not failed but left layers out.
+        """
+        forward, self._forward = self._forward, None
+        self._awaiting = self._given = None
+        if forward is None:
+            return
+        if forward.step.complete:
+            forward.step.end()
+            return
+        forward.step.abort("the forward ended early")
+        self._lengths = [forward.before] * len(self.layers)
+        if not failed:
+            raise RuntimeError(
+                f"layer {forward.next_layer}: the forward ended before it; PiKV needs every layer's keys, and has "
+                "forgotten those of this forward"
+            )
+
+    def _begin(self, batch: int, columns: int, mask: Tensor | None) -> tuple[list[int], Tensor | None, ActiveStep]:
+        """Rows and mask behind the next forward, and its step, which has begun; raises where it does not fit."""
         rows = self._rows or self._fresh(batch)
         if len(rows) != batch:
             raise ValueError(f"input_ids: expected a batch of {len(rows)} rows as before, got {batch}; or reset()")
-        picks, mask = self._read_mask(batch, columns, mask)
+        new, mask = self._read_mask(batch, columns, mask)
+        counts = [columns] * batch if new is None else new.sum(1).tolist()
         live = set(self.cache.requests())
-        each = columns == 1 and batch > 1 and live.issuperset(rows) and all(pick is None for pick in picks)
-        step = Step(columns, picks, each, whole=batch == 1 and picks[0] is None)
-        tokens = {rows[i]: step.count(i) for i in range(batch) if step.count(i)}
-        self._check_rows(len(live.union(tokens)))
-        self.cache.check_room(tokens)
-        return rows, mask, step
+        self._check_rows(len(live.union(row for row, count in zip(rows, counts, strict=True) if count)))
+        segments = [
+            Segment(row, self.cache.length(0, row) if row in live else 0, count, "decode" if count == 1 else "prompt")
+            for row, count in zip(rows, counts, strict=True)
+            if count
+        ]
+        if new is None:
+            step = Step(tuple(segments))
+        else:
+            step = Step(tuple(segments), new.flatten().nonzero().flatten(), batch * columns)
+        return rows, mask, self.cache.begin(step)
 
-    def _read_mask(self, batch: int, columns: int, mask: Tensor | None) -> tuple[list[Tensor | None], Tensor | None]:
-        """Real columns per row, and the mask over all columns so far (None where there are no pads)."""
+    def _read_mask(self, batch: int, columns: int, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Which new columns are real, [batch, columns] bool, and the mask over all columns so far; None where there
+        are no pads.
+        """
         past = self._lengths[0]
         if mask is None:
             if self._mask is not None:
                 raise ValueError("attention_mask: expected one, since this cache was filled with padded rows")
-            return [None] * batch, None
+            return None, None
         if mask.dim() != 2 or mask.shape != (batch, past + columns):
             raise ValueError(
                 f"attention_mask: expected shape [{batch}, {past + columns}] (cached and new columns), got "
@@ -229,7 +223,7 @@ class PiKVHFCache(Cache):
             )
         mask = mask.bool()
         if bool(mask.all()) and self._mask is None:
-            return [None] * batch, None
+            return None, None
         before = torch.ones_like(mask[:, :past]) if self._mask is None else self._mask
         if not torch.equal(mask[:, :past], before):
             raise ValueError("attention_mask: its cached columns differ from those that the cache was filled with")
@@ -237,9 +231,7 @@ class PiKVHFCache(Cache):
             _check_contiguous(mask)
         warn_of_right_padding(mask)
         new = mask[:, past:]
-        full = new.all(1).tolist()
-        picks = [None if full[i] else new[i].nonzero().flatten() for i in range(batch)]
-        return picks, mask
+        return (None if bool(new.all()) else new), mask
 
     # ---- what transformers asks
 
@@ -262,7 +254,7 @@ class PiKVHFCache(Cache):
             self.cache.release(request_id)
         self._rows, self._mask = [], None
         self._lengths = [0] * len(self.layers)
-        self._step = self._awaiting = self._given = None
+        self._forward = self._awaiting = self._given = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the newest columns: `tokens_to_remove` is minus their number, as in transformers.
@@ -357,8 +349,8 @@ class PiKVHFCache(Cache):
 
     def _check_at_rest(self) -> None:
         """Checks that no forward is half done."""
-        if self._step is not None or self._awaiting is not None:
-            raise RuntimeError(f"cache: {EARLY}")
+        if self._forward is not None or self._awaiting is not None:
+            raise RuntimeError("cache: a forward is under way, or was not the attached model's; reset() the cache")
 
     @property
     def request_ids(self) -> list[int]:

@@ -1,6 +1,6 @@
 """A forward loop over a Hugging Face model and a cache, PiKV's or transformers' own: a prompt, then token by token.
 
-The counterpart of `megatron_session`, for one batch of equally long sequences where one wants the logits. The model may
+The counterpart of `megatron.session`, for one batch of equally long sequences where one wants the logits. The model may
 be wrapped, by DeepSpeed's engines for one.
 """
 

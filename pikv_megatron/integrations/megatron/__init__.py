@@ -4,8 +4,8 @@
     context = PiKVInferenceContext(model_config(config), "pikv.yaml")
     logits = model(tokens, positions, None, inference_context=context)
 
-How a hooked layer works is in `megatron_hooks`, what a context does in `megatron_contexts`, what is refused in
-`megatron_support`.
+How a hooked layer works is in `hooks`, what a context does in `contexts`, what is refused in
+`support`.
 """
 
 from __future__ import annotations
@@ -22,21 +22,30 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
+from pikv_megatron.cache.events import CollectiveEvents
 from pikv_megatron.config import ModelConfig, RuntimeConfig, resolve
 from pikv_megatron.integrations.megatron.contexts import (
-    DispatchListener,
     PiKVDynamicInferenceContext,
     PiKVInferenceContext,
     RuntimeSource,
 )
-from pikv_megatron.integrations.megatron.hooks import AttentionHook, dispatchers, hook, hooked, is_hooked, unhook
+from pikv_megatron.integrations.megatron.hooks import (
+    AttentionHook,
+    LayerHook,
+    dispatchers,
+    hook,
+    hooked,
+    is_hooked,
+    unhook,
+)
 from pikv_megatron.integrations.megatron.support import check_attention, check_config, check_mask_type
 
 __all__ = [
     "Attachment",
-    "DispatchListener",
+    "CollectiveEvents",
     "PiKVDynamicInferenceContext",
     "PiKVInferenceContext",
     "attach",
@@ -89,6 +98,10 @@ def hook_spec(spec: Spec) -> Spec:
             f"spec: expected a transformer layer's or a block's; attach(model) for others, got {spec!r}"
         )
     layer: Any = copy.copy(spec)
+    around = getattr(layer, "module", None)
+    if not (isinstance(around, type) and issubclass(around, TransformerLayer)):
+        raise NotImplementedError(f"spec: expected a ModuleSpec of a TransformerLayer class, got {around!r}")
+    layer.module = hooked(around)
     layer.submodules = copy.copy(layer.submodules)
     attention = layer.submodules.self_attention
     module = getattr(attention, "module", None)
@@ -195,12 +208,22 @@ def attach(model: nn.Module, config: RuntimeSource = None) -> Attachment:
             check_mask_type(name, layer.attn_mask_type)
         elif isinstance(layer, MoELayer) and not isinstance(layer.router, TopKRouter):
             raise NotImplementedError(f"{name}.router: expected a TopKRouter, got {type(layer.router).__name__}")
-    layer_id = 0
+    attention = {id(layer) for _, layer in layers if isinstance(layer, Attention)}
+    around = [layer for _, layer in layers if isinstance(layer, TransformerLayer)]
+    found = {id(module) for layer in around for module in layer.modules() if id(module) in attention}
+    outside = [name for name, layer in layers if id(layer) in attention.difference(found)]
+    if outside:
+        raise NotImplementedError(f"{outside[0]}: expected a TransformerLayer around it, there is none")
+    layer_id = -1
     for _, layer in layers:
         hook(layer)
-        if isinstance(layer, AttentionHook):
-            layer.pikv_layer_id, layer.pikv_model_cfg = layer_id, model_cfg
+        if isinstance(layer, LayerHook):
+            layer.pikv_first = layer is around[0]
+            has_attention = any(id(module) in attention for module in layer.modules())
+            layer.pikv_layer_id = layer_id + 1 if has_attention else layer_id
+        elif isinstance(layer, AttentionHook):
             layer_id += 1
+            layer.pikv_layer_id, layer.pikv_model_cfg = layer_id, model_cfg
     return Attachment(model, model_cfg, runtime_cfg)
 
 
@@ -214,16 +237,18 @@ def detach(model: nn.Module) -> None:
     if not layers:
         raise RuntimeError("model: not on PiKV, nothing to detach")
     for layer in layers:
-        for name in ("pikv_layer_id", "pikv_model_cfg"):
+        for name in ("pikv_layer_id", "pikv_model_cfg", "pikv_first"):
             vars(layer).pop(name, None)
         unhook(layer)
 
 
 def _layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """What has a hook, with its name: attention, MoE layers, their routers and dispatchers, in the model's order."""
+    """What has a hook, with its name: transformer layers, attention, MoE layers, their routers and dispatchers, in the
+    model's order.
+    """
     found: list[tuple[str, Any]] = []
     for name, module in model.named_modules():
-        if isinstance(module, (Attention, TopKRouter, MoELayer)):
+        if isinstance(module, (TransformerLayer, Attention, TopKRouter, MoELayer)):
             found.append((name, module))
         if isinstance(module, MoELayer):
             found.extend((f"{name}.{type(d).__name__}", d) for d in dispatchers(module))

@@ -1,15 +1,13 @@
 """Megatron-core's two inference contexts on a `PiKVCache`: what the hooked layers talk to.
 
-A context knows which requests a step's tokens belong to and owns the cache; the hooks (`megatron_hooks`) know the
+A context knows which requests a step's tokens belong to and owns the cache; the hooks (`hooks`) know the
 layers. Neither context ever allocates Megatron's full-precision KV memory.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from megatron.core.inference.config import InferenceConfig
@@ -19,6 +17,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from pikv_megatron.cache.cache import PiKVCache
+from pikv_megatron.cache.events import CollectiveEvents
+from pikv_megatron.cache.step import ActiveStep, Segment, SegmentKind, Step
 from pikv_megatron.config import ModelConfig, RuntimeConfig, Source, resolve
 from pikv_megatron.integrations.megatron.support import check_config, check_inference_config
 
@@ -26,65 +26,34 @@ ModelSource = ModelConfig | Source
 RuntimeSource = RuntimeConfig | Source | None
 
 
-@dataclass(frozen=True)
-class Segment:
-    """One request's tokens within a step's tensors [sequence, batch, ...]: consecutive positions from `start`."""
-
-    request_id: int
-    start: int
-    index: tuple[slice, int]
-
-
-@dataclass(frozen=True)
-class Singles:
-    """One token of each of several requests within a step's tensors, at `index`: positions in sequence and batch."""
-
-    request_ids: list[int]
-    starts: list[int]
-    index: tuple[list[int], list[int]]
-
-
-def _split(segments: Sequence[Segment], sequence: int) -> tuple[Singles, list[Segment]]:
-    """The segments of one token each of live requests, to be served together where there are several; the others."""
-    single: list[Segment] = []
-    longer: list[Segment] = []
-    for segment in segments:
-        one = segment.start > 0 and len(range(*segment.index[0].indices(sequence))) == 1
-        (single if one else longer).append(segment)
-    if len(single) == 1:
-        single, longer = [], list(segments)
-    places = [range(*s.index[0].indices(sequence))[0] for s in single]
-    index = places, [s.index[1] for s in single]
-    return Singles([s.request_id for s in single], [s.start for s in single], index), longer
-
-
-class DispatchListener(Protocol):
-    """Told, per MoE layer of a step, when its token dispatch (all-to-all or all-gather) starts and has ended."""
-
-    def dispatch_launched(self, layer_id: int) -> None: ...
-
-    def dispatch_finished(self, layer_id: int) -> None: ...
-
-
 class PiKVContext:
-    """What both contexts share: the cache and the way from a step's tensors to the requests in it."""
+    """What both contexts share: the cache, and the step that a forward is to it."""
 
     cache: PiKVCache
     model_cfg: ModelConfig
     runtime_cfg: RuntimeConfig
-    dispatch_listeners: list[DispatchListener]
+    collective_listeners: list[CollectiveEvents]
+    """Told when the tokens of a MoE layer leave for their experts, and come back."""
+    _active: ActiveStep
     serving: bool = False
     """True while a hooked attention layer runs: how a model that is not hooked is told from one that is."""
-    _shape: tuple[int, int] = (0, 0)
 
     def _open(self, model_cfg: ModelSource | None, runtime_cfg: RuntimeSource) -> None:
         self.model_cfg, self.runtime_cfg = resolve(model_cfg, runtime_cfg)
         self.cache = PiKVCache(self.model_cfg, self.runtime_cfg)
-        self.dispatch_listeners = []
+        self.collective_listeners = []
 
-    def segments(self, sequence: int, batch: int) -> Sequence[Segment]:
-        """The requests of this step's tensors [sequence, batch, ...]. Rows in no segment are padding."""
+    def step(self, sequence: int, batch: int) -> Step:
+        """The step that a forward over tensors [sequence, batch, ...] is."""
         raise NotImplementedError
+
+    def begin(self, sequence: int, batch: int) -> None:
+        """A forward comes to its first layer. Raises PoolFullError where it does not fit; nothing has changed then."""
+        self._active = self.cache.begin(self.step(sequence, batch))
+
+    def abort(self, reason: str) -> None:
+        """The forward has failed: nothing of it stays."""
+        self._active.abort(reason)
 
     def attend(self, layer_id: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Appends a step's new keys and values and attends to everything its requests hold.
@@ -99,30 +68,16 @@ class PiKVContext:
             [sequence, batch, num_attention_heads, v_head_dim]; rows of padding are zero.
 
         Raises:
-            RuntimeError: `query` asks for gradients.
-            PoolFullError: the step does not fit the cache; told at the first layer, where nothing has changed.
-                What else the cache refuses is its own error.
+            RuntimeError: `query` asks for gradients. What the cache refuses is its own error.
         """
         if query.requires_grad:
             raise RuntimeError("gradients do not pass through a PiKV cache: run the model under torch.no_grad()")
-        self._shape = sequence, batch = query.shape[0], query.shape[1]
-        out = query.new_zeros(*query.shape[:-1], value.shape[-1])
-        segments = self.segments(sequence, batch)
-        if layer_id == 0:  # a step that does not fit is refused before any layer has taken its tokens
-            self.cache.check_room({segment.request_id: query[segment.index].shape[0] for segment in segments})
-        single, longer = _split(segments, query.shape[0])
-        for segment in longer:
-            rows, request_id = segment.index, segment.request_id
-            self.cache.append(layer_id, key[rows], value[rows], request_id, segment.start)
-            out[rows] = self.cache.attend(layer_id, query[rows], request_id)[0]
-        if single.request_ids:
-            at = single.index
-            self.cache.append_each(layer_id, key[at], value[at], single.request_ids, single.starts)
-            out[at] = self.cache.attend_each(layer_id, query[at], single.request_ids)[0]
-        return out
+        self._active.append(layer_id, key.flatten(0, 1), value.flatten(0, 1))
+        out = self._active.attend(layer_id, query.flatten(0, 1)).out
+        return out.unflatten(0, query.shape[:2])
 
     def observe(self, layer_id: int, expert_ids: Tensor, weights: Tensor) -> None:
-        """Hands the router's choice for the step's tokens to the cache, request by request.
+        """Hands the router's choice for the step's tokens to the cache.
 
         Args:
             layer_id: Zero-based attention layer whose tokens were routed.
@@ -132,19 +87,14 @@ class PiKVContext:
         Raises:
             RuntimeError: the router saw another number of tokens than attention did.
         """
-        sequence, batch = self._shape
-        if expert_ids.shape[0] != sequence * batch:
+        step = self._active.step
+        rows = step.tokens if step.rows is None else step.host_rows
+        if step.segments and expert_ids.shape[0] != rows:
             raise RuntimeError(
-                f"layer {layer_id}: the router saw {expert_ids.shape[0]} tokens, attention saw {sequence * batch}; "
+                f"layer {layer_id}: the router saw {expert_ids.shape[0]} tokens, attention saw {rows}; "
                 "PiKV needs the same tokens in both on every rank"
             )
-        expert_ids, weights = (x.view(sequence, batch, -1) for x in (expert_ids, weights))
-        single, longer = _split(self.segments(sequence, batch), sequence)
-        for segment in longer:
-            rows = segment.index
-            self.cache.observe_routing(layer_id, expert_ids[rows], weights[rows], segment.request_id)
-        if single.request_ids:
-            self.cache.observe_each(layer_id, expert_ids[single.index], weights[single.index], single.request_ids)
+        self._active.observe_routing(layer_id, expert_ids, weights)
 
     def release_all(self) -> None:
         """Forgets every request."""
@@ -199,7 +149,7 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
         self.key_value_memory_dict = _NoStockMemory()
         self._checked_mask: Tensor | None = None
 
-    def segments(self, sequence: int, batch: int) -> Sequence[Segment]:
+    def step(self, sequence: int, batch: int) -> Step:
         """Row b is request `batch_size_offset` + b. Raises ValueError where the step is larger than the context."""
         first = self.batch_size_offset
         if first + batch > self.max_batch_size:
@@ -210,7 +160,12 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
                 f"sequence: expected at most max_sequence_length ({self.max_sequence_length}) tokens, "
                 f"got {start} in the cache and {sequence} new ones"
             )
-        return [Segment(first + row, start, (slice(None), row)) for row in range(batch)]
+        kind: SegmentKind = "decode" if sequence == 1 and start else "prompt"
+        segments = tuple(Segment(first + row, start, sequence, kind) for row in range(batch))
+        if sequence == 1 or batch == 1:
+            return Step(segments)
+        rows = torch.arange(sequence * batch).view(sequence, batch).t().flatten()  # Megatron's tensors go by position
+        return Step(segments, rows.to(self.runtime_cfg.torch_device), sequence * batch)
 
     def check_mask(self, mask: Tensor | None, sequence: int) -> None:
         """Attention here is causal by position; any other mask would be ignored, so it is refused.
@@ -277,7 +232,7 @@ class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
         check_config(transformer_config)
         check_inference_config(inference_config)
         model = ModelConfig.from_megatron(transformer_config) if model_cfg is None else model_cfg
-        self._segments: Sequence[Segment] = ()
+        self._segments: tuple[Segment, ...] = ()
         self._open(model, runtime_cfg)
         books = _books(transformer_config, inference_config, self.cache)
         DynamicInferenceContext.__init__(self, transformer_config, books)
@@ -296,18 +251,22 @@ class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
         self._segments = () if kwargs.get("is_expert_parallel_dummy_cuda_graph_step") else self._plan()
         return done
 
-    def _plan(self) -> list[Segment]:
+    def _plan(self) -> tuple[Segment, ...]:
         """This step's requests in the order of their packed tokens, from Megatron's books, which are in host memory."""
         active = slice(self.paused_request_count, self.total_request_count)
         columns = (self.request_ids, self.request_kv_length_offsets, self.request_query_lengths)
-        row, plan = 0, []
-        for request_id, start, tokens in zip(*(column[active].tolist() for column in columns), strict=True):
-            plan.append(Segment(request_id, start, (slice(row, row + tokens), 0)))
-            row += tokens
-        return plan
+        rows = zip(*(column[active].tolist() for column in columns), strict=True)
+        return tuple(
+            Segment(request_id, start, tokens, "decode" if tokens == 1 and start else "prompt")
+            for request_id, start, tokens in rows
+        )
 
-    def segments(self, sequence: int, batch: int) -> Sequence[Segment]:
-        return self._segments
+    def step(self, sequence: int, batch: int) -> Step:
+        """The requests that Megatron has scheduled, packed, with padding behind them."""
+        tokens = sum(segment.tokens for segment in self._segments)
+        if tokens == sequence or not tokens:
+            return Step(self._segments)
+        return Step(self._segments, torch.arange(tokens, device=self.runtime_cfg.torch_device), sequence)
 
     def append_key_value_cache(self, layer_number: int, key: Tensor, value: Tensor) -> None:
         """Called by attention with the new keys after RoPE; they reach the cache with the queries, in `attend`."""

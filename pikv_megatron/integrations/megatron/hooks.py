@@ -4,8 +4,9 @@ There is one mechanism: `hooked(cls)` puts a hook in front of a host class. A sp
 to built layers through `__class__`. A hook acts only while its layer runs with a PiKV context; with any other context,
 or none (training), the host's code runs as it is. Parameters, submodules and state dict keys are the host's.
 
-Attention comes before its layer's router, so attention leaves a note of (context, layer) for the MoE layer behind it.
-One thread runs hooked models at a time, as it is with Megatron's own dispatchers.
+A hooked transformer layer knows the context of its forward; what runs inside of it (attention, router, dispatcher)
+finds it in `current`, which is set for the length of that layer's forward, in that thread. The first layer begins the
+context's step.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,29 +25,31 @@ from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
+from pikv_megatron.cache.events import CollectiveKind
 from pikv_megatron.config import ModelConfig, check_same_model
 from pikv_megatron.integrations.megatron.contexts import PiKVContext, PiKVInferenceContext
 from pikv_megatron.integrations.megatron.support import check_mask_type
 
 
 @dataclass(frozen=True)
-class _Step:
-    """One layer's turn in a forward pass with a PiKV context."""
+class Turn:
+    """A transformer layer's turn in a forward pass with a PiKV context. layer_id: the attention layer whose tokens its
+    router sees; None: there is none before it.
+    """
 
     context: PiKVContext
-    layer_id: int
+    layer_id: int | None
 
 
-class _Flow:
-    attended: _Step | None = None
-    """Left by attention, taken by the MoE layer that follows."""
-    routed: _Step | None = None
-    """Set while a MoE layer runs, for its router and dispatcher."""
+class _Current(threading.local):
+    turn: Turn | None = None
+    """Set while a hooked transformer layer runs with a PiKV context."""
 
 
-_flow = _Flow()
+current = _Current()
 
 
 class _CoreAttentionOnCache(nn.Module):
@@ -73,6 +79,44 @@ class _CoreAttentionOnCache(nn.Module):
         return self.context.attend(self.layer_id, query, key, value).flatten(2)
 
 
+class LayerHook(TransformerLayer):
+    """Says which context its attention, router and dispatcher run with; the first layer begins the context's step."""
+
+    pikv_layer_id: int | None = None
+    """See Turn; None: as the layer is numbered."""
+    pikv_first: bool | None = None
+    """Whether it is the first of its model; None: as the layer is numbered."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        before, current.turn = current.turn, None
+        context = _context_of(args, kwargs)
+        try:
+            if isinstance(context, PiKVContext):
+                if self.training:
+                    raise RuntimeError("a PiKV context serves inference: call model.eval(), or train without a context")
+                hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+                is_first = self.layer_number == 1 if self.pikv_first is None else self.pikv_first
+                if is_first:
+                    context.begin(hidden.shape[0], hidden.shape[1])
+                layer_id = self.layer_number - 1 if self.pikv_layer_id is None else self.pikv_layer_id
+                current.turn = Turn(context, layer_id if layer_id >= 0 else None)
+            return super().forward(*args, **kwargs)
+        except BaseException as error:
+            if current.turn is not None:
+                current.turn.context.abort(f"{type(error).__name__} in transformer layer {self.layer_number}: {error}")
+            raise
+        finally:
+            current.turn = before
+
+
+def _context_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The inference context among the arguments of TransformerLayer.forward, where it is the tenth."""
+    for name in ("inference_context", "inference_params"):
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+    return args[9] if len(args) > 9 else None
+
+
 class AttentionHook(Attention):
     """Keys and values go to the context's cache, after RoPE, and attention is computed there."""
 
@@ -80,7 +124,7 @@ class AttentionHook(Attention):
     """Zero-based among the model's attention layers; None: as the layer is numbered."""
     pikv_model_cfg: ModelConfig | None = None
     """What a cache for this model looks like; None: as the layer's own configuration says."""
-    _pikv_step: _Step | None = None
+    _pikv_step: tuple[PiKVContext, int] | None = None
 
     def forward(
         self,
@@ -91,7 +135,6 @@ class AttentionHook(Attention):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        _flow.attended = None
         context = inference_context if inference_context is not None else kwargs.get("inference_params")
         run = functools.partial(
             super().forward, hidden_states, attention_mask, key_value_states, inference_context, *args, **kwargs
@@ -100,19 +143,20 @@ class AttentionHook(Attention):
             return run()
         layer_id = self.layer_number - 1 if self.pikv_layer_id is None else self.pikv_layer_id
         self._check(context, layer_id)
-        self._pikv_step = _Step(context, layer_id)
+        if current.turn is None or current.turn.context is not context:
+            raise RuntimeError(
+                f"attention layer {self.layer_number}: the transformer layer around it is not hooked; build the model "
+                "with layer_spec(config) or call attach(model)"
+            )
+        self._pikv_step = context, layer_id
         context.serving = True
         try:
-            out = run()
+            return run()
         finally:
             context.serving = False
             self._pikv_step = None
-        _flow.attended = _Step(context, layer_id)
-        return out
 
     def _check(self, context: PiKVContext, layer_id: int) -> None:
-        if self.training:
-            raise RuntimeError("a PiKV context serves inference: call model.eval(), or train without a context")
         check_mask_type(f"attention layer {self.layer_number}", self.attn_mask_type)
         if layer_id == 0:  # before any layer has taken a token
             if self.pikv_model_cfg is None:
@@ -129,8 +173,9 @@ class AttentionHook(Attention):
     @property
     def core_attention(self) -> Any:
         """The host's submodule, or the cache in its place while a static PiKV context is served."""
-        if self._pikv_step is not None and isinstance(self._pikv_step.context, PiKVInferenceContext):
-            return _CoreAttentionOnCache(self._pikv_step.context, self._pikv_step.layer_id)
+        context, layer_id = self._pikv_step or (None, 0)
+        if isinstance(context, PiKVInferenceContext):
+            return _CoreAttentionOnCache(context, layer_id)
         return super().__getattr__("core_attention")
 
     def _adjust_key_value_for_inference(
@@ -144,13 +189,13 @@ class AttentionHook(Attention):
         **kwargs: Any,
     ) -> Any:
         """Static: nothing is stored yet; both rotary tables are cut to the step, and the host turns the new keys."""
-        if self._pikv_step is None or not isinstance(self._pikv_step.context, PiKVInferenceContext):
+        context = None if self._pikv_step is None else self._pikv_step[0]
+        if not isinstance(context, PiKVInferenceContext):
             return super()._adjust_key_value_for_inference(
                 inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
             )
-        self._pikv_step.context.segments(query.shape[0], query.shape[1])  # a step that is too long ends here
         if rotary_pos_emb is not None:
-            start = self._pikv_step.context.sequence_len_offset
+            start = context.sequence_len_offset
             rotary_pos_emb = tuple(
                 None if table is None else table[start : start + query.shape[0]] for table in rotary_pos_emb
             )
@@ -160,7 +205,8 @@ class AttentionHook(Attention):
         """Dynamic: q, k, v [tokens, 1, heads or groups, d] of the step, packed -> [tokens, 1, heads, d]."""
         if self._pikv_step is None:
             return super().flash_decode_and_prefill(q, k, v, *args, **kwargs)
-        return self._pikv_step.context.attend(self._pikv_step.layer_id, q, k, v)
+        context, layer_id = self._pikv_step
+        return context.attend(layer_id, q, k, v)
 
 
 class RouterHook(TopKRouter):
@@ -168,48 +214,52 @@ class RouterHook(TopKRouter):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         probs, routing = super().forward(*args, **kwargs)
-        step = _flow.routed
-        if step is not None:
+        turn = current.turn
+        if turn is not None and turn.layer_id is not None:
             if routing.dtype == torch.bool:  # probs and routing [tokens, num_experts]
                 weights, expert_ids = probs.topk(self.topk, dim=-1)
             else:  # the inference-optimized router returns both dense, [tokens, topk]
                 weights, expert_ids = probs, routing
-            step.context.observe(step.layer_id, expert_ids, weights)
+            turn.context.observe(turn.layer_id, expert_ids, weights)
         return probs, routing
 
 
 class MoELayerHook(MoELayer):
-    """Gives its router and dispatcher the step that attention left, and only for the length of its forward."""
+    """Hooks the dispatchers that it is built with."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for dispatcher in dispatchers(self):
             hook(dispatcher)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        _flow.routed, _flow.attended = _flow.attended, None
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            _flow.routed = None
-
 
 class DispatcherHook(MoETokenDispatcher):
-    """Tells the context's `dispatch_listeners` when tokens leave for their experts and when they have arrived."""
+    """Tells the context's `collective_listeners` when tokens leave for their experts and come back."""
 
-    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> Any:
-        step = _flow.routed
-        listeners = step.context.dispatch_listeners if step is not None else ()
-        layer_id = step.layer_id if step is not None else -1
-        for listener in listeners:
-            listener.dispatch_launched(layer_id)
-        dispatched = super().token_dispatch(hidden_states, probs)
-        for listener in listeners:
-            listener.dispatch_finished(layer_id)
-        return dispatched
+    def token_dispatch(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with _collective("dispatch", hidden_states):
+            return super().token_dispatch(hidden_states, *args, **kwargs)
+
+    def token_combine(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with _collective("combine", hidden_states):
+            return super().token_combine(hidden_states, *args, **kwargs)
+
+
+@contextmanager
+def _collective(kind: CollectiveKind, handed: Tensor) -> Iterator[None]:
+    """A collective of the layer whose turn it is. What raises within it has not finished."""
+    turn = current.turn
+    listeners = () if turn is None else turn.context.collective_listeners
+    layer_id = -1 if turn is None or turn.layer_id is None else turn.layer_id
+    for listener in listeners:
+        listener.started(layer_id, kind, handed.numel() * handed.element_size())
+    yield
+    for listener in listeners:
+        listener.finished(layer_id, kind)
 
 
 _HOOKS: tuple[tuple[type, type], ...] = (
+    (LayerHook, TransformerLayer),
     (AttentionHook, Attention),
     (RouterHook, TopKRouter),
     (MoELayerHook, MoELayer),
@@ -231,7 +281,10 @@ def hooked(host: type[Any]) -> type[Any]:
             namespace = {"__module__": __name__, "__doc__": hook_class.__doc__}
             _hooked_classes[host] = type(f"PiKV{host.__name__}", (hook_class, host), namespace)
             return _hooked_classes[host]
-    raise TypeError(f"expected a class of Megatron's attention, router, MoE layer or dispatcher, got {host.__name__}")
+    raise TypeError(
+        "expected a class of Megatron's transformer layer, attention, router, MoE layer or dispatcher, got "
+        f"{host.__name__}"
+    )
 
 
 def is_hooked(layer: Any) -> bool:

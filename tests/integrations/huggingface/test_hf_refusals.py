@@ -310,15 +310,31 @@ def test_masks_that_do_not_fit(model):
 
 
 @torch.no_grad()
-def test_a_forward_that_ends_early_is_told_from_then_on(model):
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_forward_that_fails_has_not_happened(model, layer):
+    """The first one, and one later: what comes next is what comes without it."""
+    ids, mask = prompts()
+    torn, calm = PiKVHFCache(model, RUNTIME), PiKVHFCache(model, RUNTIME)
+    for columns in (ids, ids[:, :1], ids[:, :9]):
+        mask = torch.ones(len(ids), torn.get_seq_length() + columns.shape[1], dtype=torch.int64)
+        watch = model.model.layers[layer].mlp.register_forward_hook(lambda *_: {}["gone"])
+        with pytest.raises(KeyError, match="gone"):
+            model(columns, attention_mask=mask, past_key_values=torn)
+        watch.remove()
+        assert torn.get_seq_length() == calm.get_seq_length()
+        mine, theirs = (model(columns, attention_mask=mask, past_key_values=c).logits for c in (torn, calm))
+        assert torch.equal(mine, theirs)
+
+
+@torch.no_grad()
+def test_a_forward_that_leaves_layers_out_is_told(model):
     ids, _ = prompts()
     cache = PiKVHFCache(model, RUNTIME)
-    with pytest.raises(ValueError, match="finite"):
-        model(inputs_embeds=torch.full((1, 4, 64), float("nan")), past_key_values=cache)
-    for call in (lambda: model(ids, past_key_values=cache), lambda: cache.crop(-1)):
-        with pytest.raises(RuntimeError, match=r"reset\(\) the cache"):
-            call()
-    cache.reset()
+    layers, model.model.layers = model.model.layers, model.model.layers[:1]
+    with pytest.raises(RuntimeError, match="layer 1: the forward ended before it"):
+        model(ids, past_key_values=cache)
+    model.model.layers = layers
+    assert cache.get_seq_length() == 0
     model(ids, past_key_values=cache)
 
 
@@ -352,7 +368,7 @@ def test_rows_stay_where_they_are_while_a_forward_is_half_done(model):
         (cache.batch_select_indices, rows),
         (cache.crop, -1),
     ):
-        with pytest.raises(RuntimeError, match="ended early"):
+        with pytest.raises(RuntimeError, match="a forward is under way"):
             change(value)
 
 

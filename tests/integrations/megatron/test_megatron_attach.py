@@ -18,6 +18,7 @@ from megatron_tiny import (
     build,
     causal_mask,
     greedy_static,
+    hybrid_model,
     inference_config,
     prompts_of,
     recompute,
@@ -158,35 +159,11 @@ def attach_free_context(config):
 def test_hybrid_model(monkeypatch):
     """HybridModel counts attention, dense and MoE layers alike; the cache counts attention layers."""
     from megatron.core.inference.contexts import DynamicInferenceContext
-    from megatron.core.models.hybrid import hybrid_block
-    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
-    from megatron.core.models.hybrid.hybrid_model import HybridModel
-    from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
     from megatron_tiny import install_torch_flash_attention
 
-    config = tiny_config(num_layers=7)
-    part = stock_spec(config).submodules
-    monkeypatch.setattr(hybrid_block, "TENorm", part.input_layernorm)  # its only norm is Transformer Engine's
-    attention = TransformerLayerSubmodules(
-        input_layernorm=part.input_layernorm, self_attention=part.self_attention, self_attn_bda=part.self_attn_bda
-    )
-    experts = TransformerLayerSubmodules(pre_mlp_layernorm=part.pre_mlp_layernorm, mlp=part.mlp, mlp_bda=part.mlp_bda)
-    assert attention.mlp in (IdentityOp, IdentityFuncOp)
-    stack = ModuleSpec(
-        module=HybridStack,
-        submodules=HybridStackSubmodules(
-            attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
-            moe_layer=ModuleSpec(module=TransformerLayer, submodules=experts),
-        ),
-    )
-
-    def hybrid():
-        torch.manual_seed(5)
-        return HybridModel(config, stack, 256, 512, "*E**E*E", position_embedding_type="rope").eval()
-
-    model, stock = hybrid(), hybrid()
+    model, stack = hybrid_model(monkeypatch, "*E**E*E")
+    stock, _ = hybrid_model(monkeypatch, "*E**E*E")
+    config = model.config
     expected = stock_tokens(stock)
     with pytest.raises(NotImplementedError, match="attach"):
         hook_spec(stack)

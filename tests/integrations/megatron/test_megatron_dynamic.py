@@ -24,6 +24,7 @@ from megatron_tiny import (
     twin,
 )
 
+from pikv_megatron import ActiveStep
 from pikv_megatron.integrations.megatron import PiKVDynamicInferenceContext, layer_spec
 
 TOLERANCE = 1e-4
@@ -178,7 +179,8 @@ def test_reset_and_late_errors_leave_no_request_behind(models):
     context.reset()
     assert context.cache.requests() == []
     q, k, v = (torch.ones(50, 1, heads, 16) for heads in (4, 2, 2))
-    assert not context.attend(0, q, k, v).any()  # no step is planned: these tokens are nobody's
+    with pytest.raises(RuntimeError, match="it is over"):  # these tokens are nobody's
+        context.attend(0, q, k, v)
     assert context.cache.requests() == []
     expected = greedy_dynamic(hooked, context_of(config), prompts_of(9), [6], 1)
     assert greedy_dynamic(hooked, context, prompts_of(9), [6], 1)[0][0] == expected[0][0]
@@ -199,19 +201,14 @@ def test_routing_is_observed_per_request_and_padding_is_not(models, monkeypatch)
     config, _, hooked = models
     context = context_of(config)
     seen = []
-    observe, observe_each = context.cache.observe_routing, context.cache.observe_each
+    label = ActiveStep._label
 
-    def spy(layer_id, expert_ids, weights, request_id):
-        seen.append((layer_id, request_id, expert_ids.shape[0]))
-        observe(layer_id, expert_ids, weights, request_id)
+    def spy(step, states, expert_ids, weights):
+        assert len(expert_ids) == len(weights) == step.step.tokens  # without the padding
+        seen.extend((states[0].layer_id, s.request_id, s.tokens) for s in step.step.segments)
+        label(step, states, expert_ids, weights)
 
-    def spy_each(layer_id, expert_ids, weights, request_ids):
-        assert len(expert_ids) == len(request_ids)
-        seen.extend((layer_id, request_id, 1) for request_id in request_ids)
-        observe_each(layer_id, expert_ids, weights, request_ids)
-
-    monkeypatch.setattr(context.cache, "observe_routing", spy)
-    monkeypatch.setattr(context.cache, "observe_each", spy_each)
+    monkeypatch.setattr(ActiveStep, "_label", spy)
     greedy_dynamic(hooked, context, prompts_of(5, 33), [2, 2], 2)
     per_step = [[(0, 5), (1, 33)], [(0, 1), (1, 1)]]
     expected = [(layer, *request) for step in per_step for layer in range(3) for request in step]

@@ -9,6 +9,7 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron_tiny import RUNTIME, build, forced_static, prompts_of, tiny_config, twin
 
+from pikv_megatron import ActiveStep
 from pikv_megatron.integrations.megatron import PiKVInferenceContext, layer_spec, model_config
 
 TOLERANCE = 1e-4
@@ -77,14 +78,15 @@ def test_a_broken_decode_output_is_not_near_stock(steps_on_stock, broken, monkey
     """What the bounds above are worth: wrong outputs of decode, and of decode alone, are far outside them."""
     config, difference = steps_on_stock
     context = context_of(config)
-    attend_each = context.cache.attend_each
-    calls = []
+    attend, calls = ActiveStep.attend, []
 
-    def spoil(layer_id, q, request_ids):
-        out, lse = attend_each(layer_id, q, request_ids)
+    def spoil(step, layer_id, q):
+        result = attend(step, layer_id, q)
+        if step.step.segments[0].kind != "decode":
+            return result
         calls.append(layer_id)
-        return broken(out), lse
+        return result._replace(out=broken(result.out))
 
-    monkeypatch.setattr(context.cache, "attend_each", spoil)
+    monkeypatch.setattr(ActiveStep, "attend", spoil)
     assert difference(context) > BROKEN
     assert calls == list(range(config.num_layers)) * STEPS

@@ -22,6 +22,7 @@ from megatron_tiny import (
     twin,
 )
 
+from pikv_megatron import ActiveStep
 from pikv_megatron.integrations.megatron import PiKVInferenceContext, attach, hook_spec, layer_spec, model_config
 from pikv_megatron.tiers.blocks import PoolFullError
 
@@ -314,12 +315,13 @@ class TestRefusals:
         with pytest.raises(NotImplementedError, match="beam"):
             context_of(models[0]).swap_key_value_dict([1, 0])
 
-    def test_an_offset_that_goes_back(self, models):
+    def test_an_offset_that_skips_positions(self, models):
         config, _, hooked = models
         context = context_of(config)
         self.run(hooked, context)
-        with pytest.raises(ValueError, match="position"):
-            self.run(hooked, context)  # without increment_sequence_len_offset
+        context.increment_sequence_len_offset(7)  # of six tokens
+        with pytest.raises(ValueError, match="expected 6 next, got 7; positions may not skip"):
+            self.run(hooked, context)
 
 
 def test_an_error_within_a_layer_leaves_the_model_usable(models, monkeypatch):
@@ -332,7 +334,7 @@ def test_an_error_within_a_layer_leaves_the_model_usable(models, monkeypatch):
         raise ArithmeticError("stop here")
 
     tokens = torch.stack(prompts_of(6))
-    monkeypatch.setattr(context.cache, "attend", fail)
+    monkeypatch.setattr(ActiveStep, "attend", fail)
     with pytest.raises(ArithmeticError), torch.no_grad():
         hooked(tokens, torch.arange(6)[None], None, inference_context=context)
     assert len(calls) == 1 and not context.serving
@@ -347,7 +349,7 @@ def test_only_a_pass_with_the_context_is_observed(models, monkeypatch):
     tokens, hidden = torch.stack(prompts_of(6)), torch.randn(6, 1, config.hidden_size)
     greedy_static(hooked, context, tokens, 2)
     seen = []
-    monkeypatch.setattr(context.cache, "observe_routing", lambda *args: seen.append(args))
+    monkeypatch.setattr(ActiveStep, "observe_routing", lambda *args: seen.append(args))
     with torch.no_grad():
         hooked.decoder.layers[0].mlp.router(hidden)  # layers called by themselves
         hooked.decoder.layers[0].mlp(hidden)
@@ -368,13 +370,16 @@ def test_the_cache_sees_what_the_router_chose(models, monkeypatch):
     config, _, hooked = models
     context = context_of(config)
     seen, chosen = [], []
-    observe = context.cache.observe_routing
+    observe = ActiveStep.observe_routing
 
-    def spy(layer_id, expert_ids, weights, request_id):
-        seen.append((layer_id, request_id, expert_ids.clone(), weights.clone()))
-        observe(layer_id, expert_ids, weights, request_id)
+    def spy(step, layer_id, expert_ids, weights):
+        for request_id, (ids, gates) in enumerate(
+            zip(*(x.view(50, 2, -1).unbind(1) for x in (expert_ids, weights)), strict=True)
+        ):
+            seen.append((layer_id, request_id, ids.clone(), gates.clone()))
+        observe(step, layer_id, expert_ids, weights)
 
-    monkeypatch.setattr(context.cache, "observe_routing", spy)
+    monkeypatch.setattr(ActiveStep, "observe_routing", spy)
     watches = [
         layer.mlp.router.register_forward_hook(lambda module, args, out: chosen.append(out))
         for layer in hooked.decoder.layers
@@ -389,6 +394,7 @@ def test_the_cache_sees_what_the_router_chose(models, monkeypatch):
         probs, routing_map = (x.view(50, 2, -1)[:, request] for x in chosen[layer])
         assert torch.equal(expert_ids.sort(-1).values, routing_map.nonzero()[:, 1].view(50, 2))
         assert torch.equal(weights, probs.gather(1, expert_ids))
+    context.cache.stats()  # the step is committed, and its blocks are sealed
     # The labels follow from that: a block's is the expert with the largest summed weight among its tokens.
     for layer, request, expert_ids, weights in seen:
         gates = torch.zeros(50, VOCABULARY).scatter(1, expert_ids, weights)
@@ -398,21 +404,25 @@ def test_the_cache_sees_what_the_router_chose(models, monkeypatch):
         assert len(starts) >= 4 and table.pool.label[table.tensor].tolist() == expected
 
 
-def test_dispatch_listeners_hear_every_layer(models):
+def test_collective_listeners_hear_every_layer(models):
     config, _, hooked = models
     context = context_of(config)
     events = []
 
     class Listener:
-        def dispatch_launched(self, layer_id):
-            events.append(("launched", layer_id))
+        def started(self, layer_id, kind, nbytes):
+            events.append(("started", kind, layer_id, nbytes))
 
-        def dispatch_finished(self, layer_id):
-            events.append(("finished", layer_id))
+        def finished(self, layer_id, kind):
+            events.append(("finished", kind, layer_id))
 
-    context.dispatch_listeners.append(Listener())
+    context.collective_listeners.append(Listener())
     greedy_static(hooked, context, torch.stack(prompts_of(8, 8)), 2)
-    assert events == [(what, layer) for layer in range(3) for what in ("launched", "finished")] * 2
+    expected = [
+        (what, kind, n) for n in range(3) for kind in ("dispatch", "combine") for what in ("started", "finished")
+    ]
+    assert [event[:3] for event in events] == expected * 2
+    assert all(event[3] > 0 for event in events if event[0] == "started")
     events.clear()
     recompute(hooked, torch.stack(prompts_of(8)))
     assert events == []  # a forward pass without the context is nobody's business

@@ -1,5 +1,5 @@
-"""Selection: what is read is what the method says, written down here a second time in float64 and with loops; what is
-said about the rest is right.
+"""Readers, of one request: what is read is what the method says, written down here a second time in float64 and with
+loops; what is said about the rest is right. Several requests at once: `test_several_requests`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import math
 import pytest
 import torch
 from dense import attend_retrieved, generator, model_config, random_kv, random_q, runtime_config, step
-from one_request import OneRequest
+from one_request import OneRequest, read_one, source_of
 from stored import Stored, dense_rows, random_store, rows_of, store
 
 from pikv_megatron import PiKVCache, ops
 from pikv_megatron.config.sections import AttentionConfig
 from pikv_megatron.reading.plane_error import plane_error
-from pikv_megatron.reading.selection import Reading, Source, count_of, read_selected
+from pikv_megatron.reading.reader import Reading, Source, count_of
 
 CODECS = ("none", "int8", "int4", "int2")
 GROUPS, HEADS, DIM, SIZE, BLOCKS = 2, 3, 16, 8, 12
@@ -36,7 +36,7 @@ def codec(request):
 
 def _source(held: Stored, block_ids: torch.Tensor | None = None, size: int = SIZE) -> Source:
     ids = torch.arange(len(held.k)) if block_ids is None else block_ids
-    return Source(held.keys, held.values, ids, size)
+    return source_of(held.keys, held.values, ids, size)
 
 
 def _data(codec: str, seed: int = 0, strength: float = 3.0) -> tuple[Stored, torch.Tensor, torch.Tensor]:
@@ -48,7 +48,7 @@ def _data(codec: str, seed: int = 0, strength: float = 3.0) -> tuple[Stored, tor
 
 
 def _read(q, held, raw_lse, config) -> tuple[Reading, ops.Partial]:
-    reading = read_selected(q, [_source(held)], raw_lse, config, SCALE)
+    reading = read_one(q, [_source(held)], raw_lse, config, SCALE)
     return reading, ops.merge_partials(reading.partials)
 
 
@@ -257,8 +257,8 @@ def _unread(q, held, raw_lse, config) -> tuple[Reading, torch.Tensor]:
     """The reading, and who was not read [G, R, tokens]: each token's value is its own unit vector."""
     tokens = BLOCKS * SIZE
     unit = torch.eye(tokens).view(BLOCKS, 1, SIZE, tokens).expand(-1, GROUPS, -1, -1)
-    source = Source(held.keys, ops.Values(unit, None, None, None, 0), torch.arange(BLOCKS), SIZE)
-    reading = read_selected(q, [source], raw_lse, config, SCALE)
+    source = source_of(held.keys, ops.Values(unit, None, None, None, 0), torch.arange(BLOCKS), SIZE)
+    reading = read_one(q, [source], raw_lse, config, SCALE)
     return reading, reading.partials[0].out == 0
 
 
@@ -305,7 +305,7 @@ def test_several_tiers_give_the_same_as_one(codec, name):
     order = torch.randperm(BLOCKS, generator=generator(7))
     parts = [_source(held, order[:5]), _source(held, order[5:])]
     one, merged = _read(q, held, raw_lse, CONFIGS[name])
-    two = read_selected(q, parts, raw_lse, CONFIGS[name], SCALE)
+    two = read_one(q, parts, raw_lse, CONFIGS[name], SCALE)
     assert len(two.partials) == 2
     together = ops.merge_partials(two.partials)
     for mine, theirs in ((merged, together), (one[1:4], two[1:4])):
@@ -319,7 +319,7 @@ def test_a_tier_where_nothing_is_chosen():
     cold = random_store(4, GROUPS, SIZE, DIM, DIM, "int8", 9)
     cold = Stored(cold.keys._replace(zero=cold.keys.zero - 100 * q[:, 0].sign().half()), cold.values, cold.k, cold.v)
     config = AttentionConfig("top_k", read_fraction=0.02)
-    reading = read_selected(q, [_source(held), _source(cold)], raw_lse, config, SCALE)
+    reading = read_one(q, [_source(held), _source(cold)], raw_lse, config, SCALE)
     assert (reading.partials[1].lse == -torch.inf).all()
     assert (reading.partials[1].out == 0).all()
     assert (ops.merge_partials(reading.partials).out > 0.9).all()

@@ -1,0 +1,35 @@
+"""Small lists of numbers that the host knows and ops want on the device."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MOST = 512
+
+
+class DeviceNumbers:
+    """Lists of ints as int64 tensors. Layers of a step ask for the same ones, and so do steps: they are made once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._made: dict[tuple[int, ...], Tensor] = {}
+
+    def of(self, numbers: tuple[int, ...]) -> Tensor:
+        """The numbers; nobody may write to the tensor."""
+        made = self._made.get(numbers)
+        if made is None:
+            if len(self._made) >= _MOST:
+                self._made.clear()
+            made = self._made[numbers] = torch.tensor(numbers, dtype=torch.int64).to(self._device)
+        return made
+
+    def runs(self, counts: Sequence[int]) -> Tensor:
+        """Where runs of these lengths begin in a packed list, and its length: [len(counts) + 1]."""
+        return self.of((0, *itertools.accumulate(counts)))
+
+    def __reduce__(self) -> tuple[type[DeviceNumbers], tuple[torch.device]]:
+        return DeviceNumbers, (self._device,)
