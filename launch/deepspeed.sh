@@ -12,16 +12,14 @@
 #   BIND_CORES       1: DeepSpeed binds, and needs numactl          0: as PIKV_BIND says
 #   PIKV_BIND        auto: each rank its share of the CPUs; off     auto
 #   DS_ACCELERATOR   cpu, cuda                                      DeepSpeed's own choice
+#   PIKV_TIMEOUT     seconds to wait for a rank that is silent      600; other nodes get it by ~/.deepspeed_env
 set -euo pipefail
+# shellcheck source=checks.sh
+source "$(dirname "${BASH_SOURCE[0]}")/checks.sh"
 
 : "${PYTHON:=python3}" "${NPROC_PER_NODE:=2}" "${MASTER_PORT:=29500}" "${BIND_CORES:=0}"
-refuse() {
-  echo "$1" >&2
-  exit 2
-}
-if [[ ! $NPROC_PER_NODE =~ ^[1-9][0-9]*$ ]]; then
-  refuse "NPROC_PER_NODE: expected a whole number of at least 1, got '$NPROC_PER_NODE'"
-fi
+check_count NPROC_PER_NODE
+check_port
 options=(--master_port "$MASTER_PORT")
 if [[ -n ${HOSTFILE:-} ]]; then
   # DeepSpeed would go on with this node alone.
@@ -29,6 +27,7 @@ if [[ -n ${HOSTFILE:-} ]]; then
   options+=(--hostfile "$HOSTFILE" --num_gpus "$NPROC_PER_NODE")
 else
   : "${MASTER_ADDR:=127.0.0.1}"
+  check_port_free
   options+=(--num_accelerators "$NPROC_PER_NODE")
 fi
 if [[ -n ${MASTER_ADDR:-} ]]; then

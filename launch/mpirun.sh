@@ -13,12 +13,16 @@
 #   MASTER_PORT      free on rank 0's node                          rank 0 takes one
 #   PIKV_BIND        auto: leaves what mpirun has bound, else       auto
 #                    each rank its share of the CPUs; off
+#   PIKV_TIMEOUT     seconds to wait for a rank that is silent      600; Open MPI hands it to other nodes by
+#                                                                   MPIRUN_ARGS="-x PIKV_TIMEOUT"
 set -euo pipefail
+# shellcheck source=checks.sh
+source "$(dirname "${BASH_SOURCE[0]}")/checks.sh"
 
 : "${PYTHON:=python3}" "${MPIRUN:=mpirun}" "${NP:=2}" "${MPIRUN_ARGS:=}"
-if [[ ! $NP =~ ^[1-9][0-9]*$ ]]; then
-  echo "NP: expected a whole number of at least 1, got '$NP'" >&2
-  exit 2
+check_count NP
+if [[ -n ${MASTER_PORT:-} ]]; then
+  check_port
 fi
 read -r -d '' -a options <<<"$MPIRUN_ARGS" || true # the end of the text, in place of a last delimiter
 

@@ -141,6 +141,7 @@ def _slurm(env: Mapping[str, str]) -> Launch | None:
     if step is None or "SLURM_PROCID" not in env or _number(env, "SLURM_STEP_ID") >= FIRST_SPECIAL_STEP:
         return None
     _check_complete(env, (*SLURM, *SLURM_STEP), "srun sets all of them")
+    _number(env, "SLURM_JOB_ID")
     rank, size, local_rank, node = (_number(env, name) for name in SLURM)
     per_node = tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])
     if node >= len(per_node) or sum(per_node) != size:

@@ -164,6 +164,7 @@ def test_torchruns_in_a_step_of_one_task_per_node_are_no_conflict():
             srun(1, 2, 1) | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)"},
             "SLURM_STEP_TASKS_PER_NODE is 2.x2., which does not fit",
         ),
+        (srun(1, 2, 1) | {"SLURM_JOB_ID": "7x"}, "SLURM_JOB_ID: expected a whole number of at least 0, got '7x'"),
         (srun(1, 2, 1) | {"SLURM_NODEID": "2"}, "does not fit SLURM_NTASKS 2 and SLURM_NODEID 2"),
         (srun(1, 2, 1) | {"SLURM_STEP_TASKS_PER_NODE": "many"}, "expected a list like"),
     ],

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -47,7 +48,16 @@ def call(tmp_path):
     for program in ("python3", "mpirun", "srun"):
         (tmp_path / program).write_text(RECORDER)
     (tmp_path / "scontrol").write_text(SCONTROL)
-    for tool in ("bash", "cat", "env", "getent", "nproc", "sed"):  # what the scripts use: no numactl
+    for tool in (
+        "bash",
+        "cat",
+        "dirname",
+        "env",
+        "getent",
+        "mktemp",
+        "nproc",
+        "sed",
+    ):  # what the scripts use: no numactl
         (tmp_path / tool).symlink_to(shutil.which(tool))
     for program in ("python3", "mpirun", "srun", "scontrol"):
         (tmp_path / program).chmod(0o755)
@@ -105,6 +115,12 @@ def test_arguments_arrive_as_they_are(call, script):
             "HOSTFILE: expected DeepSpeed's list of hosts, there is no file 'no hosts'",
         ),
         (MPIRUN, {"NP": "2x"}, f"NP: {COUNT} '2x'"),
+        *(
+            (script, {"MASTER_PORT": port}, f"MASTER_PORT: expected a port from 1 to 65535, got '{port}'")
+            for script in (TORCHRUN, DEEPSPEED, MPIRUN)
+            for port in ("0", "65536", "99999999999999999999", "http", "08", "29500 1")
+        ),
+        (SBATCH, JOB | {"SLURM_JOB_ID": "7a"}, "SLURM_JOB_ID: expected the number of a job, got '7a'"),
         (SBATCH, {}, "SLURM_JOB_ID: not a job of Slurm: give this script to sbatch"),
         (SBATCH_SRUN, {}, "SLURM_JOB_ID: not a job of Slurm: give this script to sbatch"),
         (SBATCH, JOB | {"PIKV_ROOT": "/"}, "'/' has no launch/torchrun.sh, and 'python3' no pikv_megatron"),
@@ -119,10 +135,39 @@ def test_what_cannot_be_meant_is_refused_by_name(call, script, variables, expect
 def test_torchrun_on_one_node_and_on_one_of_several(call):
     _, words, _ = call(TORCHRUN, "doctor", NPROC_PER_NODE="3", OMP_NUM_THREADS="5")
     assert words[0] == "OMP_NUM_THREADS=5"
-    assert has(words, "--nnodes=1", "--nproc-per-node=3", "--rdzv-backend=static", "--node-rank=0")
-    assert has(words, "--master-addr=127.0.0.1", "--master-port=29500", "-m", "pikv_megatron", "doctor")
+    assert has(words, "--nnodes=1", "--nproc-per-node=3", "--rdzv-backend=c10d", "--rdzv-conf=store_type=file")
+    assert has(words, "--local-addr=127.0.0.1", "-m", "pikv_megatron", "doctor")
+    assert any(word.startswith("--rdzv-endpoint=/") for word in words)
     _, words, _ = call(TORCHRUN, NNODES="2", NODE_RANK="1", MASTER_ADDR="n0", MASTER_PORT="1234")
-    assert {"--nnodes=2", "--node-rank=1", "--master-addr=n0", "--master-port=1234"} <= set(words)
+    assert has(words, "--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=static")
+    assert has(words, "--node-rank=1", "--master-addr=n0", "--master-port=1234", "-m", "pikv_megatron")
+
+
+NODES = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1"}
+
+
+@pytest.mark.parametrize(("script", "variables"), [(TORCHRUN, NODES | {"NODE_RANK": "0"}), (DEEPSPEED, {})])
+def test_a_port_that_is_taken_is_one_line(call, script, variables):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        status, words, said = call(script, **variables, MASTER_PORT=port)
+        assert status == 2 and not words
+        assert said == f"MASTER_PORT: expected a port that is free on this machine, something listens at {port}\n"
+        assert call(TORCHRUN, **NODES, NODE_RANK="1", MASTER_PORT=port)[0] == 0  # where node 0 is another machine
+    assert call(script, **variables, MASTER_PORT=port)[0] == 0
+
+
+NUMBERS = ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_PORT", "NP", "BIND_CORES", "OMP_NUM_THREADS")
+SLURMS = ("SLURM_JOB_ID", "SLURM_JOB_NUM_NODES", "SLURM_CPUS_PER_TASK", "SLURM_NODEID", "TASK")
+
+
+@pytest.mark.parametrize("script", [TORCHRUN, DEEPSPEED, MPIRUN, SBATCH, SBATCH_SRUN])
+def test_no_variable_is_run_as_a_command(call, script, tmp_path):
+    """bash evaluates what it reads as arithmetic, commands in an array's index too."""
+    name = tmp_path / "ran"
+    for variable in (*NUMBERS, *SLURMS):
+        call(script, "doctor", **(JOB | NODES | {"NODE_RANK": "1"} | {variable: f"PATH[$(echo >{name})]"}))
+        assert not name.exists(), variable
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 10_000])
