@@ -5,14 +5,19 @@ MASTER_ADDR and MASTER_PORT, where they are set, are taken as they are; a name h
 
 from __future__ import annotations
 
+import array
+import contextlib
+import fcntl
 import logging
 import os
 import platform
 import re
 import socket
+import struct
 import subprocess
 import time
 from dataclasses import replace
+from pathlib import Path
 
 from pikv_megatron.launch.environment import Launch, LaunchError
 
@@ -21,6 +26,10 @@ logger = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 FIRST_PORT, PORTS = 15_000, 16_000
 """Ports for Slurm jobs: below those that Linux hands out itself, above the well-known ones."""
+OUTSIDE = "192.0.2.1"
+"""Of a network for documentation: only the default route leads there."""
+SIOCGIFCONF, IFREQ = 0x8912, 40
+"""Linux's request for the IPv4 addresses of all interfaces, and the bytes of one in its answer."""
 RESOLVE_SECONDS = 60.0
 """How long a name may take to resolve: that of a container's peer comes with the peer."""
 
@@ -128,12 +137,47 @@ def _outward_address(single_node: bool) -> str:
     """This machine's address as others see it: of the interface with the default route, else its name."""
     if single_node:
         return LOOPBACK
+    return _source(OUTSIDE) or platform.node()
+
+
+def interface(launch: Launch) -> str | None:
+    """The network interface where this rank meets the others: the loopback where they are all on this machine, else
+    the one that the route to rank 0 leads to. On rank 0's machine MASTER_ADDR may name the loopback, as Debian's
+    /etc/hosts does: then that of the default route. None where there is no route.
+    """
+    names = _interfaces()
+    if is_local(launch):
+        return "lo" if any(name == "lo" for _, name in socket.if_nameindex()) else None
+    found = (names.get(_source(target) or "") for target in (str(launch.master_addr), OUTSIDE))
+    return next((name for name in found if name not in (None, "lo")), None)
+
+
+def _source(target: str) -> str | None:
+    """This machine's address on the route to another; None where there is no route."""
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)  # a datagram socket sends nothing here
+            return str(probe.getsockname()[0]).partition("%")[0]
+    except OSError:
+        return None
+
+
+def _interfaces() -> dict[str, str]:
+    """This machine's addresses and the interfaces that have them, as Linux lists them."""
+    found = {}
+    entries = array.array("B", bytes(IFREQ * 256))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # of a network for documentation; a datagram socket sends nothing here
-            return str(probe.getsockname()[0])
-        except OSError:
-            return platform.node()
+        asked = struct.pack("iP", len(entries), entries.buffer_info()[0])
+        size, _ = struct.unpack("iP", fcntl.ioctl(probe, SIOCGIFCONF, asked))
+    for start in range(0, size, IFREQ):
+        entry = entries[start : start + IFREQ].tobytes()
+        found[socket.inet_ntoa(entry[20:24])] = entry[:16].partition(b"\0")[0].decode()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/net/if_inet6").read_text().splitlines():
+            address, *_, name = line.split()
+            found[socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address))] = name
+    return found
 
 
 def _free_port() -> int:

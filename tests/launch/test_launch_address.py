@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 
@@ -134,6 +135,45 @@ def test_a_name_may_take_its_time(monkeypatch, caplog):
     given = Launch("environment", 0, 2, 0, 1, 0, "n0", 5)
     assert launch_address.complete(given) == given and len(waited) == 3
     assert caplog.text.count("MASTER_ADDR 'n0' does not resolve: trying for 60 s") == 1
+
+
+# ---- where gloo meets
+
+
+NODES = Launch("torchrun", 0, 2, 0, 1, 0, "n0", 5)
+ROUTES = {"10.0.0.1": "10.0.0.1", "10.0.0.2": "10.0.0.1", "fd00::2": "fd00::1", "127.0.1.1": "127.0.1.1"}
+ADDRESSES = {"127.0.0.1": "lo", "10.0.0.1": "ib0", "fd00::1": "eth2", "192.168.3.4": "eth0"}
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("10.0.0.2", "ib0"),
+        ("10.0.0.1", "ib0"),  # rank 0's own
+        ("fd00::2", "eth2"),
+        ("127.0.1.1", "eth0"),  # rank 0's machine by its own name, on Debian: the default route's
+        ("172.16.0.1", "eth0"),  # no route but the default one
+    ],
+)
+def test_gloo_meets_at_the_interface_of_the_route_to_rank_0(monkeypatch, address, expected):
+    monkeypatch.setattr(launch_address, "_source", lambda target: ROUTES.get(target, "192.168.3.4"))
+    monkeypatch.setattr(launch_address, "_interfaces", lambda: ADDRESSES)
+    monkeypatch.setattr(launch_address, "is_local", lambda launch: False)
+    assert launch_address.interface(replace(NODES, master_addr=address)) == expected
+    monkeypatch.setattr(launch_address, "_source", lambda target: None)
+    assert launch_address.interface(replace(NODES, master_addr=address)) is None
+
+
+def test_gloo_stays_on_the_loopback_where_all_ranks_are_on_one_machine(monkeypatch):
+    assert launch_address.interface(replace(NODES, local_size=2)) == "lo"
+    monkeypatch.setattr(launch_address.socket, "if_nameindex", lambda: [(1, "eth0")])
+    assert launch_address.interface(replace(NODES, local_size=2)) is None
+
+
+def test_this_machines_addresses_and_routes():
+    assert launch_address._interfaces()["127.0.0.1"] == "lo"
+    assert launch_address._source("127.0.0.1") == "127.0.0.1"
+    assert launch_address._source("nowhere.invalid") is None
 
 
 # ---- MPI
