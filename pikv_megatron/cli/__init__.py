@@ -49,9 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if args.verbose:
             raise
-        return _refuse(f"pikv {args.command}", error)
+        from pikv_megatron.launch.peers import ending
+
+        return _refuse(f"pikv {args.command}", ending(error))
 
 
-def _refuse(command: str, error: Exception) -> int:
+def _refuse(command: str, error: BaseException) -> int:
     print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2

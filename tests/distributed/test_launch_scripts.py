@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import slurm_cluster
+from processes import alive, end, wait_for
 
 from pikv_megatron.launch.environment import VARIABLES
 
@@ -113,3 +115,25 @@ def test_slurm(tmp_path, alone, slurm, script, launcher):
         state = job.partition("JobState=")[2].split()[0]
     assert state == "COMPLETED", log.read_text()[-4000:]
     check(tmp_path, alone, launcher, nodes=2)
+
+
+def test_a_killed_slurmstepd_leaves_no_rank_behind(tmp_path, slurm):
+    """Where srun is killed, Slurm ends the ranks itself."""
+    worker = Path(__file__).with_name("lost_rank_worker.py")
+    log = tmp_path / "log.txt"
+    command = ["srun", "--nodes=2", "--ntasks=2", sys.executable, str(worker), str(tmp_path)]
+    with log.open("w") as file:
+        srun = subprocess.Popen(command, env=BARE | slurm | {"PIKV_TIMEOUT": "20"}, stdout=file, stderr=file)
+    try:
+        wait_for(lambda: len(list(tmp_path.glob("[0-9].*"))) == 2, 90, log)
+        pids = [int(path.suffix[1:]) for path in sorted(tmp_path.glob("[0-9].*"))]
+        step = int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
+        assert "slurmstepd" in Path(f"/proc/{step}/comm").read_text()
+        os.kill(step, signal.SIGKILL)
+        wait_for(lambda: not any(map(alive, pids)), 15, log)  # the other one does not wait for the timeout
+    finally:
+        srun.kill()
+        srun.wait()
+        for path in tmp_path.glob("[0-9].*"):
+            end(int(path.suffix[1:]), tmp_path)
+    assert "rank 0 did not answer in all_reduce" in log.read_text()

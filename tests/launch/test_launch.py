@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
@@ -65,15 +66,19 @@ def test_a_port_that_is_taken_is_refused_by_name():
 def started(monkeypatch):
     """init_process_group() up to torch's: what it was called with, and the environment and device then."""
     seen = {}
-    for name in (*VARIABLES, "GLOO_SOCKET_IFNAME", "PIKV_BIND"):
+    for name in (*VARIABLES, "GLOO_SOCKET_IFNAME", "PIKV_BIND", "PIKV_TIMEOUT"):
         monkeypatch.setenv(name, "")  # so that what is set meanwhile is taken back
         monkeypatch.delenv(name)
 
-    def init(backend):
-        seen.update(backend=backend, environment=dict(os.environ))
+    def init(backend, **options):
+        seen.update(backend=backend, environment=dict(os.environ), **options)
 
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     monkeypatch.setattr(dist, "init_process_group", init)
+    monkeypatch.setattr(launch.rendezvous, "join", lambda given, seconds: seen.update(joined_within=seconds))
+    monkeypatch.setattr(launch.rendezvous, "watch", lambda given, store, seconds: None)
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(launch.distributed_c10d, name, None)
     monkeypatch.setattr(launch.binding, "bind", lambda given: seen.update(bound=given))
     monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: False)
 
@@ -99,17 +104,44 @@ def test_what_hosts_read_is_set_and_says_the_same_again(started, monkeypatch):
     expected |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "15031", "GLOO_SOCKET_IFNAME": "lo"}
     assert seen["backend"] == "gloo" and expected.items() <= seen["environment"].items()
     assert seen["bound"] == seen["launch"] == launch.read_launch(os.environ)
-    monkeypatch.setattr(launch.socket, "if_nameindex", lambda: [(1, "eth0")])
+    monkeypatch.setattr(launch.launch_address.socket, "if_nameindex", lambda: [(1, "eth0")])
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     assert "GLOO_SOCKET_IFNAME" not in started()["environment"]
     assert started(GLOO_SOCKET_IFNAME="eth7")["environment"]["GLOO_SOCKET_IFNAME"] == "eth7"
 
 
-def test_ranks_of_several_machines_do_not_meet_on_the_loopback(started, monkeypatch):
+def test_ranks_of_several_machines_meet_where_the_route_to_rank_0_leads(started, monkeypatch):
     monkeypatch.setattr(launch.launch_address, "complete", lambda given: given)
+    asked = []
+    monkeypatch.setattr(launch.launch_address, "interface", lambda given: asked.append(given) or "eth3")
     seen = started(RANK="1", WORLD_SIZE="2", MASTER_ADDR="n0", MASTER_PORT="5")
     assert seen["environment"]["LOCAL_SIZE"] == seen["environment"]["LOCAL_WORLD_SIZE"] == "1"
-    assert "GLOO_SOCKET_IFNAME" not in seen["environment"]
+    assert seen["environment"]["GLOO_SOCKET_IFNAME"] == "eth3" and asked[0].master_addr == "n0"
+
+
+def test_a_gloo_that_does_not_reach_the_others_names_its_interface(started, monkeypatch):
+    def fail(backend, **options):
+        raise RuntimeError("[gloo/device.cc] Unable to find address for: eth7")
+
+    monkeypatch.setattr(dist, "init_process_group", fail)
+    with pytest.raises(launch.LaunchError, match=r"at the interface 'eth7'; set GLOO_SOCKET_IFNAME to the one that"):
+        started(**STEP, GLOO_SOCKET_IFNAME="eth7")
+
+
+def test_the_timeout_is_that_of_all_groups(started, monkeypatch):
+    for variables, seconds in (({}, 600), ({"PIKV_TIMEOUT": "7.5"}, 7.5)):
+        seen = started(**STEP, **variables)
+        expected = timedelta(seconds=seconds)
+        assert seen["timeout"] == launch.distributed_c10d.default_pg_timeout == expected
+        assert launch.distributed_c10d._get_default_timeout("nccl") == expected
+        assert seen["joined_within"] == max(seconds, launch.START_SECONDS)
+    assert launch.timeout_seconds(2) == 2  # an argument goes before the variable
+    for text in ("", "0", "-1", "nan", "1e3", "10 s", "9999999", "inf"):
+        with pytest.raises(launch.LaunchError, match=f"PIKV_TIMEOUT: expected seconds above 0 .* got '{text}'"):
+            started(**STEP, PIKV_TIMEOUT=text)
+    for value in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="timeout: expected seconds above 0"):
+            launch.init_process_group(timeout=value)
 
 
 def test_pikv_bind_is_checked_before_others_are_waited_for(started):

@@ -7,10 +7,13 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 
-def init_parallel_state(tensor_parallel: int = 1, expert_parallel: int = 1, seed: int = 1234) -> None:
+def init_parallel_state(
+    tensor_parallel: int = 1, expert_parallel: int = 1, seed: int = 1234, timeout: float = 600.0
+) -> None:
     """Initialises Megatron's process groups in an initialised torch.distributed, and seeds its random states.
 
-    With the same sizes it may be called again: then it only seeds.
+    With the same sizes it may be called again: then it only seeds. An operation of these groups waits `timeout` seconds
+    for a rank that does not answer.
 
     Raises:
         ValueError: the world size is not a multiple of both sizes.
@@ -22,7 +25,9 @@ def init_parallel_state(tensor_parallel: int = 1, expert_parallel: int = 1, seed
             raise ValueError(f"{name}: expected a divisor of the world size ({world_size}), got {size}")
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor_parallel, expert_model_parallel_size=expert_parallel
+            tensor_model_parallel_size=tensor_parallel,
+            expert_model_parallel_size=expert_parallel,
+            distributed_timeout_minutes=timeout / 60,
         )
     sizes = (
         parallel_state.get_tensor_model_parallel_world_size(),
