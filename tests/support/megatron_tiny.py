@@ -175,8 +175,10 @@ def greedy_dynamic(model, context, prompts, lengths, most):
         context.initialize_attention_state()
         tokens, positions = context.current_input_and_position_ids()
         logits = model(tokens, positions, None, inference_context=context, runtime_gather_output=True)[0]
-        active = context.request_ids[context.paused_request_count : context.total_request_count].tolist()
-        chosen = logits[: len(active)].argmax(-1)
+        live = slice(context.paused_request_count, context.total_request_count)
+        active = context.request_ids[live].tolist()
+        logits = logits[context.request_query_lengths[live].cumsum(0) - 1]  # after each request's last token
+        chosen = logits.argmax(-1)
         for row, i in enumerate(active):
             answers[i][0].append(chosen[row].item())
             answers[i][1].append(logits[row].clone())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer, TransformerLayer
 from torch import nn
 
 from pikv_megatron.cache.events import CollectiveEvents
@@ -56,6 +57,8 @@ __all__ = [
 ]
 
 Spec = TypeVar("Spec")
+Model = nn.Module | Sequence[nn.Module]
+"""A model, or Megatron's list of the chunks of it that a rank has: one, without a pipeline."""
 
 
 def layer_spec(config: TransformerConfig) -> Any:
@@ -128,7 +131,7 @@ def _hook_mlp(mlp: Any) -> Any:
     return partial(moe_layer, *mlp.args, **{**mlp.keywords, "submodules": submodules})
 
 
-def model_config(source: TransformerConfig | nn.Module) -> ModelConfig:
+def model_config(source: TransformerConfig | Model) -> ModelConfig:
     """The cache's view of a model: its attention layers, counted from 0, and the experts behind them.
 
     Args:
@@ -137,20 +140,22 @@ def model_config(source: TransformerConfig | nn.Module) -> ModelConfig:
 
     Raises:
         NotImplementedError: PiKV does not serve this model; the message names why.
-        ValueError: a built model without attention layers.
+        TypeError: neither of both.
+        ValueError: a built model without attention layers, or one of its layers.
     """
-    if not isinstance(source, nn.Module):
+    if isinstance(source, TransformerConfig):
         check_config(source)
         return ModelConfig.from_megatron(source)
+    model = _whole(source)
     layers, moe_layers = 0, set()
     config: Any = None
-    for module in source.modules():
+    for module in model.modules():
         if isinstance(module, Attention):
             layers, config = layers + 1, module.config
         elif isinstance(module, MoELayer) and layers:
             moe_layers.add(layers - 1)
     if config is None:
-        raise ValueError(f"model: expected a Megatron-core model with attention layers, got {type(source).__name__}")
+        raise ValueError(f"model: expected a Megatron-core model with attention layers, got {type(model).__name__}")
     check_config(config)
     return dataclasses.replace(
         ModelConfig.from_megatron(config),
@@ -183,19 +188,42 @@ class Attachment:
         detach(self.model)
 
 
-def attach(model: nn.Module, config: RuntimeSource = None) -> Attachment:
+def _whole(model: Model) -> nn.Module:
+    """The one chunk of a list, and no part of a model.
+
+    Raises:
+        NotImplementedError: several chunks.
+        TypeError, ValueError: no model, or a layer of one.
+    """
+    chunks = model if isinstance(model, list | tuple) else [model]
+    if len(chunks) > 1:
+        raise NotImplementedError(
+            f"model: PiKV does not serve pipelines (virtual_pipeline_model_parallel_size), got {len(chunks)} chunks"
+        )
+    whole = chunks[0] if chunks else None
+    if not isinstance(whole, nn.Module):
+        found = "an empty list" if not chunks else "None" if whole is None else type(whole).__name__
+        raise TypeError(f"model: expected a Megatron-core model, or a list of its one chunk, got {found}")
+    if isinstance(whole, (BaseTransformerLayer, Attention)):
+        raise ValueError(f"model: expected a whole Megatron-core model, got one layer of it ({type(whole).__name__})")
+    return whole
+
+
+def attach(model: Model, config: RuntimeSource = None) -> Attachment:
     """Hooks the attention, router and MoE layers of a built model in place; weights and state dict keys stay.
 
     Args:
-        model: A Megatron-core model (`GPTModel`, `HybridModel`, wrapped or not).
+        model: A Megatron-core model (`GPTModel`, `HybridModel`, wrapped or not), or a list of this one chunk.
         config: The runtime's configuration: `RuntimeConfig`, dict or YAML path; None for the defaults. If it has a
             section `model`, it must describe this model.
 
     Raises:
         RuntimeError: the model is hooked already.
         NotImplementedError: PiKV does not serve this model; the message names why.
-        ValueError: no attention layers, or `config` is for another model.
+        TypeError: `model` is none.
+        ValueError: no attention layers, a layer in place of a model, or `config` is for another model.
     """
+    model = _whole(model)
     layers = _layers(model)
     already = [name for name, layer in layers if is_hooked(layer)]
     if already:
@@ -227,13 +255,13 @@ def attach(model: nn.Module, config: RuntimeSource = None) -> Attachment:
     return Attachment(model, model_cfg, runtime_cfg)
 
 
-def detach(model: nn.Module) -> None:
+def detach(model: Model) -> None:
     """Makes a hooked model (attached, or built from a hooked spec) stock again.
 
     Raises:
         RuntimeError: no layer of the model is hooked.
     """
-    layers = [layer for _, layer in _layers(model) if is_hooked(layer)]
+    layers = [layer for _, layer in _layers(_whole(model)) if is_hooked(layer)]
     if not layers:
         raise RuntimeError("model: not on PiKV, nothing to detach")
     for layer in layers:

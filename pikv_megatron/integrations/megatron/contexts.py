@@ -123,18 +123,27 @@ class PiKVInferenceContext(PiKVContext, StaticInferenceContext):
         max_batch_size: Rows at most; None for `runtime_cfg.max_requests`.
         max_sequence_length: Tokens per row at most, prompt and answer; None for what the cache can hold
             (`capacity_tokens`: `max_tokens`, or what fits the tiers' bytes). Megatron computes rotary angles up to it.
+        model_config: Megatron's `TransformerConfig`, in place of `model_cfg`.
 
     Raises:
+        TypeError: both of `model_cfg` and `model_config`, or neither.
         ValueError: `max_batch_size` is not in 1 .. `max_requests`, `max_sequence_length` not in 1 .. `capacity_tokens`.
     """
 
     def __init__(
         self,
-        model_cfg: ModelSource,
+        model_cfg: ModelSource | None = None,
         runtime_cfg: RuntimeSource = None,
         max_batch_size: int | None = None,
         max_sequence_length: int | None = None,
+        *,
+        model_config: TransformerConfig | None = None,
     ) -> None:
+        if (model_cfg is None) == (model_config is None):
+            raise TypeError("expected one of model_cfg (PiKV's) and model_config (Megatron's TransformerConfig)")
+        if model_config is not None:
+            check_config(model_config)
+            model_cfg = ModelConfig.from_megatron(model_config)
         self._open(model_cfg, runtime_cfg)
         requests, tokens = self.runtime_cfg.max_requests, self.cache.capacity_tokens
         max_batch_size = requests if max_batch_size is None else max_batch_size
@@ -212,23 +221,36 @@ class PiKVDynamicInferenceContext(PiKVContext, DynamicInferenceContext):
     one that finishes or is evicted is released at once, and an evicted one that comes back is prefilled again.
 
     Args:
-        transformer_config: The model's Megatron `TransformerConfig`.
+        transformer_config: The model's Megatron `TransformerConfig`. Stock's name for it, `model_config`, will do too.
         inference_config: Megatron's `InferenceConfig`; it is copied. `max_requests` defaults to the runtime's.
         runtime_cfg: `RuntimeConfig`, dict or YAML path; None for the defaults.
         model_cfg: For a model whose layers the `TransformerConfig` does not describe: `model_config(model)`.
 
     Raises:
         NotImplementedError: `inference_config` asks for what PiKV does not serve; the message names it.
+        TypeError: no `TransformerConfig`, or no `InferenceConfig`.
         ValueError: `max_requests` or `max_tokens` do not fit together; the message names them.
     """
 
     def __init__(
         self,
-        transformer_config: TransformerConfig,
-        inference_config: InferenceConfig,
+        transformer_config: TransformerConfig | None = None,
+        inference_config: InferenceConfig | None = None,
         runtime_cfg: RuntimeSource = None,
         model_cfg: ModelSource | None = None,
+        *,
+        model_config: TransformerConfig | None = None,
     ) -> None:
+        if transformer_config is not None and model_config is not None:
+            raise TypeError("transformer_config and model_config are two names of one argument, got both")
+        transformer_config = model_config if transformer_config is None else transformer_config
+        for name, value, kind in (
+            ("model_config", transformer_config, TransformerConfig),
+            ("inference_config", inference_config, InferenceConfig),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name}: expected Megatron's {kind.__name__}, got {type(value).__name__}")
+        assert transformer_config is not None and inference_config is not None
         check_config(transformer_config)
         check_inference_config(inference_config)
         model = ModelConfig.from_megatron(transformer_config) if model_cfg is None else model_cfg

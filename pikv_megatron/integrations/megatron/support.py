@@ -85,7 +85,6 @@ def check_inference_config(config: InferenceConfig) -> None:
         "num_speculative_tokens": config.num_speculative_tokens,
         "num_cuda_graphs": config.num_cuda_graphs,
         "unified_memory_level": config.unified_memory_level,
-        "static_kv_memory_pointers": config.static_kv_memory_pointers,
         "mamba_inference_state_config": config.mamba_inference_state_config,
     }
     found = [f"{name}={value!r}" for name, value in refused.items() if value]

@@ -91,6 +91,31 @@ def test_attached_twice_or_never():
         attach(torch.nn.Linear(2, 2))
 
 
+def test_a_list_of_one_chunk_is_its_model():
+    """Megatron passes a model around as the list of its chunks."""
+    model = build(tiny_config())
+    handle = attach([model], RUNTIME)
+    assert handle.model is model and model_config((model,)) == handle.model_cfg == model_config(model)
+    detach([model])
+    assert not any(megatron_hooks.is_hooked(m) for m in model.modules())
+
+
+def test_what_is_no_model_is_named():
+    model = build(tiny_config())
+    layer = model.decoder.layers[0]
+    expected = "model: expected a Megatron-core model, or a list of its one chunk, got"
+    for call in (attach, detach, model_config):
+        for given, found in ((None, "None"), ([], "an empty list"), ([None], "None"), ({}, "dict"), ("model", "str")):
+            with pytest.raises(TypeError, match=f"{expected} {found}$"):
+                call(given)
+        with pytest.raises(NotImplementedError, match=r"does not serve pipelines .*, got 2 chunks"):
+            call([model, model])
+        for part in (layer, layer.self_attention, [layer]):
+            with pytest.raises(ValueError, match=r"expected a whole Megatron-core model, got one layer of it \("):
+                call(part)
+    assert not any(megatron_hooks.is_hooked(m) for m in model.modules())
+
+
 def test_specs_are_copied_never_changed():
     config = tiny_config()
     stock = stock_spec(config)

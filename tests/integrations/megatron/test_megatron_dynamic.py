@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from megatron.core.inference.config import AsyncScheduleMode, KVCacheManagementMode
-from megatron.core.inference.contexts import DynamicInferenceContext
+from megatron.core.inference.contexts import DynamicInferenceContext, StaticInferenceContext
 from megatron.core.inference.contexts.dynamic_context import BlockOverflowError
 from megatron.core.inference.inference_request import DynamicInferenceRequest
 from megatron.core.inference.sampling_params import SamplingParams
@@ -16,16 +16,18 @@ from megatron_tiny import (
     RUNTIME,
     build,
     greedy_dynamic,
+    greedy_static,
     inference_config,
     install_torch_flash_attention,
     prompts_of,
+    recompute,
     serve,
     tiny_config,
     twin,
 )
 
 from pikv_megatron import ActiveStep
-from pikv_megatron.integrations.megatron import PiKVDynamicInferenceContext, layer_spec
+from pikv_megatron.integrations.megatron import PiKVDynamicInferenceContext, layer_spec, model_config
 
 TOLERANCE = 1e-4
 
@@ -61,6 +63,17 @@ def test_requests_join_and_leave_by_hand(models):
         assert (ours[i][1] - expected[i][1]).abs().max() <= TOLERANCE
     assert context.cache.requests() == []
     assert context.cache.stats()["tiers"]["device"]["blocks_used"] == 0
+
+
+def test_greedy_by_hand_is_greedy_without_a_cache(models):
+    """The helper of this file's tests, prompts of unequal length in one step."""
+    config, stock, _ = models
+    prompts = prompts_of(5, 33)
+    answers = greedy_dynamic(stock, DynamicInferenceContext(config, inference_config()), prompts, [4, 4], 2)
+    with torch.no_grad():
+        for i, prompt in enumerate(prompts):
+            logits = recompute(stock, torch.cat([prompt, torch.tensor(answers[i][0])])[None])[0, len(prompt) - 1 : -1]
+            assert answers[i][0] == logits.argmax(-1).tolist() and (answers[i][1] - logits).abs().max() <= TOLERANCE
 
 
 def test_engine_generates_256_tokens_for_more_prompts_than_requests(models):
@@ -238,7 +251,6 @@ def test_a_hooked_model_runs_with_a_stock_context(models):
         {"num_speculative_tokens": 2},
         {"num_cuda_graphs": 4},
         {"unified_memory_level": 1},
-        {"static_kv_memory_pointers": True},
         {"kv_cache_management_mode": KVCacheManagementMode.OFFLOAD},
         {"kv_cache_management_mode": KVCacheManagementMode.RECOMPUTE},
         {"async_sched_mode": AsyncScheduleMode.ASYNC},
@@ -259,6 +271,47 @@ def test_sizes_that_do_not_fit_are_named(models):
     with pytest.raises(ValueError, match="block_size_tokens"):
         context_of(config, {"max_tokens": 8})
     assert context_of(config, max_requests=None).max_requests == RUNTIME["max_requests"]
+
+
+def test_memory_that_stays_where_it_is_is_served(models):
+    """static_kv_memory_pointers asks for nothing where the cache persists, which is the only mode that is served."""
+    config, _, hooked = models
+    prompts, lengths = prompts_of(5, 33), [20, 20]
+    expected = greedy_dynamic(hooked, context_of(config), prompts, lengths, 2)
+    context = context_of(config, static_kv_memory_pointers=True)
+    for _ in range(2):
+        ours = greedy_dynamic(hooked, context, prompts, lengths, 2)
+        assert all(torch.equal(ours[i][1], expected[i][1]) for i in range(2))
+        context.deallocate_inference_state_buffers()  # as DynamicInferenceEngine.suspend and resume do
+        context.reinitialize_inference_state_buffers()
+
+
+def test_stocks_name_of_the_models_config(models):
+    config, _, hooked = models
+    by_name = {"model_config": config, "inference_config": inference_config(), "runtime_cfg": RUNTIME}
+    expected = greedy_dynamic(hooked, context_of(config), prompts_of(9), [6], 1)
+    assert greedy_dynamic(hooked, PiKVDynamicInferenceContext(**by_name), prompts_of(9), [6], 1)[0][0] == expected[0][0]
+    with pytest.raises(TypeError, match="transformer_config and model_config are two names of one argument"):
+        PiKVDynamicInferenceContext(config, **by_name)
+    with pytest.raises(TypeError, match=r"model_config: expected Megatron's TransformerConfig, got NoneType"):
+        PiKVDynamicInferenceContext(inference_config=inference_config())
+    with pytest.raises(TypeError, match=r"model_config: expected Megatron's TransformerConfig, got ModelConfig"):
+        PiKVDynamicInferenceContext(model_config(config), inference_config())
+    with pytest.raises(TypeError, match=r"inference_config: expected Megatron's InferenceConfig, got dict"):
+        PiKVDynamicInferenceContext(config, {})
+
+
+def test_softmax_scale_is_served_where_stock_ignores_it():
+    """Stock's static context takes TransformerConfig.softmax_scale, its dynamic one does not; PiKV's both do."""
+    config = tiny_config(softmax_scale=0.6)
+    stock = build(config)
+    prompts, lengths = prompts_of(33, 40), [12, 12]
+    ours = greedy_dynamic(twin(stock, config, layer_spec(config)), context_of(config), prompts, lengths, 2)
+    theirs = greedy_dynamic(stock, DynamicInferenceContext(config, inference_config()), prompts, lengths, 2)
+    for i, prompt in enumerate(prompts):
+        tokens, logits = greedy_static(stock, StaticInferenceContext(1, 128), prompt[None], 12)
+        assert ours[i][0] == tokens[0].tolist() and (ours[i][1] - logits[:, 0]).abs().max() <= TOLERANCE
+        assert (theirs[i][1][0] - logits[0, 0]).abs().max() > 100 * TOLERANCE
 
 
 def test_the_callers_inference_config_stays_as_it_is(models):

@@ -40,6 +40,15 @@ def context_of(config, batch=4, **runtime):
     return PiKVInferenceContext(model_config(config), {**RUNTIME, **runtime}, batch, 512)
 
 
+def test_stocks_name_of_the_models_config(models):
+    assert PiKVInferenceContext(model_config=models[0]).model_cfg == model_config(models[0])
+    for both in ({}, {"model_cfg": model_config(models[0]), "model_config": models[0]}):
+        with pytest.raises(TypeError, match=r"expected one of model_cfg .* and model_config"):
+            PiKVInferenceContext(**both)
+    with pytest.raises(NotImplementedError, match="softmax_type"):
+        PiKVInferenceContext(model_config=tiny_config(softmax_type="off-by-one"))
+
+
 def assert_same(ours, stock, tolerance=TOLERANCE):
     assert torch.equal(ours[0], stock[0])
     assert (ours[1] - stock[1]).abs().max() <= tolerance
