@@ -145,7 +145,7 @@ class PiKVCache:
         checks.check_start(start, request.layers[layer_id].length if request else 0, request_id, layer_id)
         if request is None:
             needed = self.sealer.needed(layer_id, None, tokens)
-            self.sealer.check_room(needed.device, needed.below, f"request {request_id}, layer {layer_id}")
+            self.sealer.check_room([needed], f"request {request_id}, layer {layer_id}")
             request = self._table.create(request_id)
         state = request.layers[layer_id]
         self.sealer.make_room(state, tokens)

@@ -206,7 +206,7 @@ def _check_bytes(cache) -> None:
     for tier, pool in enumerate(cache.tiers):
         blocks = [i for s in states for i in s.tables[tier].ids]
         taken = [(s.reserved.device, s.reserved.below) for s in states if s.reserved]
-        taken += [(s.sealed.leaving.fresh, s.sealed.leaving.below) for s in states if s.sealed and s.sealed.leaving]
+        taken += [([], s.sealed.leaving.below) for s in states if s.sealed and s.sealed.leaving]
         for device, below in taken:
             blocks += [i for at, i in [*((0, i) for i in device), *below] if at == tier]
         assert len(blocks) == len(set(blocks))
