@@ -325,7 +325,7 @@ class PiKVCache:
         checks.check_queries(tokens, state.length, request_id, layer_id)
         checks.check_finite("q", q, self.runtime, min(torch.finfo(q.dtype).max, LARGEST))
         rows = group_rows(q, model.num_query_groups)
-        if tokens == 1:
+        if tokens == 1 and not state.newest_is_sealed():
             (out, lse), missed = self.attention.attend_decode([state], rows.unsqueeze(0))
             attended = Attended(Partial(out[0], lse[0]), missed and (missed[0][0], missed[1][0]))
         else:
