@@ -41,7 +41,7 @@ DOORS = {
     "device_numbers": set(),
     "facts": set(),
     "budgets": {"config"},
-    "tiers": {"config"},
+    "tiers": {"config", "device_numbers"},
     "sharding": {"config"},
     "codecs": {"config", "ops", "tiers"},
     "reading": {"config", "ops", "device_numbers", "torch_mode"},

@@ -23,6 +23,7 @@ from pikv_megatron.cache.state import LayerState, Leaving, OnHost, Reservation, 
 from pikv_megatron.cache.window import RawTokens, WindowBuffer, WindowMemory
 from pikv_megatron.codecs.compressor import Compressor
 from pikv_megatron.config import ModelConfig, RuntimeConfig
+from pikv_megatron.device_numbers import on_device
 from pikv_megatron.tiers import Tier
 from pikv_megatron.tiers.blocks import ImportanceRows, PoolFullError
 
@@ -57,7 +58,7 @@ class _New:
         """Some of them, or all, in the order of `index`."""
         if index == list(range(len(self.start))):
             return self
-        at = torch.tensor(index, dtype=torch.int64, device=self.k.device)
+        at = on_device(index, self.k.device)
         importance = None if self.importance is None else self.importance[at]
         return _New(self.k[at], self.v[at], self.start[at], self.label[at], importance)
 
@@ -248,7 +249,7 @@ class Sealer:
         gone = [(state, entry, below) for entry, below in zip(leaving.entries, targets, strict=True)]
         ids = self._displace(gone, leaving.claims)
         if len(ids):
-            at = torch.tensor(ids, dtype=torch.int64, device=table.pool.device)
+            at = on_device(ids, table.pool.device)
             for name, encoded in leaving.fields.items():
                 table.pool.fields[name].index_copy_(0, at, encoded)
             table.pool.describe(at, leaving.start, leaving.label)
@@ -277,8 +278,8 @@ class Sealer:
             by_memory[id(state.window.buffer.memory)].append(state)
         for group in by_memory.values():
             memory = group[0].window.buffer.memory
-            layers = torch.tensor([state.window.buffer.index for state in group], device=memory.k.device)
-            slots = torch.tensor([state.window.index for state in group], device=memory.k.device)
+            layers = on_device([state.window.buffer.index for state in group], memory.k.device)
+            slots = on_device([state.window.index for state in group], memory.k.device)
             if memory.sliding is None:
                 self._place_full(group, memory, layers, slots, step_id)
             memory.drop_block(layers, slots)
@@ -290,7 +291,7 @@ class Sealer:
         self, states: list[LayerState], memory: WindowMemory, layers: Tensor, slots: Tensor, step_id: int | None
     ) -> None:
         raw = memory.at(layers, slots, memory.sinks, memory.sinks + self._size)
-        starts = torch.tensor([state.sealed_end for state in states], device=raw.k.device)
+        starts = on_device([state.sealed_end for state in states], raw.k.device)
         new = _New(raw.k, raw.v, starts, self._label(raw.expert_ids, raw.weights), raw.importance)
         targets: dict[int, list[tuple[int, int]]] = defaultdict(list)  # tier: which of the states, block id
         displaced, claims = [], 0
@@ -313,9 +314,10 @@ class Sealer:
         for tier, found in targets.items():
             here = new.pick([i for i, _ in found])
             self._write(tier, here, [block_id for _, block_id in found])
-            for row, (i, block_id) in enumerate(found):
-                importance = None if here.importance is None else here.importance[row : row + 1]
-                self._enter(states[i], tier, [block_id], importance, step_id)
+            rows = [row for i, block_id in found for row in states[i].tables[tier].extend([block_id])]
+            self._receive(rows, here.importance)
+            for i, block_id in found:
+                self._tell(states[i], tier, [block_id], step_id)
 
     # ---- placing
 
@@ -368,17 +370,22 @@ class Sealer:
 
     def _write(self, tier: int, new: _New, ids: list[int]) -> None:
         pool = self._tiers[tier]
-        at = torch.tensor(ids, dtype=torch.int64, device=pool.device)
+        at = on_device(ids, pool.device)
         self._compressor.write(pool.fields, at, new.k, new.v)
         pool.describe(at, new.start, new.label)
 
     def _enter(
         self, state: LayerState, tier: int, ids: list[int], importance: Tensor | None, step_id: int | None
     ) -> None:
-        rows = state.tables[tier].extend(ids)
+        self._receive(state.tables[tier].extend(ids), importance)
+        self._tell(state, tier, ids, step_id)
+
+    def _receive(self, rows: list[int], importance: Tensor | None) -> None:
+        """Writes the importance of new entries."""
         if self._importance is not None and importance is not None:
-            at = torch.tensor(rows, dtype=torch.int64, device=self._importance.tensor.device)
-            self._importance.tensor.index_copy_(0, at, importance)
+            self._importance.tensor.index_copy_(0, on_device(rows, self._importance.tensor.device), importance)
+
+    def _tell(self, state: LayerState, tier: int, ids: list[int], step_id: int | None) -> None:
         for listener in self._listeners:
             listener.sealed(step_id, Blocks(state.request_id, state.layer_id, tuple(ids), self._tiers[tier]))
 

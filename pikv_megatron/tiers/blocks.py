@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pikv_megatron.device_numbers import on_device
+
 
 class Place(NamedTuple):
     """Where a block is: the rank of the expert-parallel group, the tier's kind there, and the format it is stored in.
@@ -328,8 +330,7 @@ class _Mirror:
                 grown = self._tensor.new_zeros(max(64, count, 2 * self._tensor.shape[0]))
                 grown[: self._same] = self._tensor[: self._same]
                 self._tensor = grown
-            new = torch.tensor(values[self._same :], dtype=torch.int64)
-            self._tensor[self._same : count] = new.to(self._tensor.device)
+            self._tensor[self._same : count] = on_device(values[self._same :], self._tensor.device)
             self._same = count
             self._view = self._tensor[:count]
         elif count != self._view.shape[0]:
