@@ -11,6 +11,12 @@ from torch import Tensor
 _MOST = 512
 
 
+def on_device(numbers: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Numbers that the host knows as an int64 tensor on a device, which is not waited for."""
+    pinned = device.type == "cuda"
+    return torch.tensor(numbers, dtype=torch.int64, pin_memory=pinned).to(device, non_blocking=True)
+
+
 class DeviceNumbers:
     """Lists of ints as int64 tensors. Layers of a step ask for the same ones, and so do steps: they are made once."""
 
@@ -24,7 +30,7 @@ class DeviceNumbers:
         if made is None:
             if len(self._made) >= _MOST:
                 self._made.clear()
-            made = self._made[numbers] = torch.tensor(numbers, dtype=torch.int64).to(self._device)
+            made = self._made[numbers] = on_device(numbers, self._device)
         return made
 
     def runs(self, counts: Sequence[int]) -> Tensor:

@@ -20,7 +20,9 @@ from dense import (
     forward,
     generator,
     model_config,
+    random_kv,
     random_q,
+    random_routing,
     runtime_config,
 )
 
@@ -39,7 +41,7 @@ DOORS = {
     "device_numbers": set(),
     "facts": set(),
     "budgets": {"config"},
-    "tiers": {"config"},
+    "tiers": {"config", "device_numbers"},
     "sharding": {"config"},
     "codecs": {"config", "ops", "tiers"},
     "reading": {"config", "ops", "device_numbers", "torch_mode"},
@@ -257,6 +259,22 @@ def test_a_third_tier_is_a_file_and_a_row(written, monkeypatch):
     for request in cache.requests():
         cache.release(request)
     assert_pools_free(cache)
+
+
+def test_copies_go_to_whichever_tier_has_room(written, monkeypatch):
+    """What waits to be sealed has its place below; its second copy finds the host full."""
+    monkeypatch.setitem(TIERS.rows, "tape", written("toy_tape", TAPE).TapeTier)
+    budget, model = {"policy": "uniform", "first_layer_tokens": 12}, model_config()
+    block = PiKVCache(model, runtime_config()).tiers[0].block_bytes
+    tiers = [{"kind": "device"}, {"kind": "host", "bytes": 2 * block}, {"kind": "tape"}]
+    cache = PiKVCache(model, runtime_config(budget=budget, tiers=tiers))
+    cache.append(0, *random_kv(model, 16, generator()))
+    cache.fork(0, 1)
+    cache.fork(0, 2)
+    assert [pool.used_blocks for pool in cache.tiers] == [3, 2, 1]
+    for request in (2, 0, 1):
+        cache.observe_routing(0, *random_routing(model, 16, generator(request)), request)
+        assert cache.retrieve(0, request).positions.tolist() == list(range(16))
 
 
 @pytest.mark.parametrize("attention", [{}, {"mode": "top_k"}, {"mode": "mass", "epsilon_by": "certificate"}])

@@ -98,7 +98,7 @@ class Attention:
         else:
             window = ops.attend_windows(rows, *raw, scale)
             reading = self._reader.read(rows, sources, window.lse, scale, self._numbers)
-            self._meter.add(states[0].layer_id, reading, sources)
+            self._meter.add(states[0].layer_id, reading, sources, self._numbers)
             merged = ops.merge_partials([window, *reading.partials])
         if self._importance is not None:
             lse = merged.lse if reading is None else self._full_lse(rows, window.lse, merged, sources, reading)
@@ -173,7 +173,7 @@ class Attention:
             if scores is None:
                 share = ops.token_importance(rows, lse, s.keys, s.block_ids, s.first_blocks, scale)
             else:
-                counts = torch.tensor(s.counts, device=lse.device)
+                counts = self._numbers.of(s.counts)
                 of_block = lse.repeat_interleave(counts, 0, output_size=sum(s.counts)).permute(1, 2, 0)  # [G, R, T]
                 share = (scores[i].coarse - of_block.unsqueeze(-1)).exp_().sum((0, 1))
             self._add_to_rows(tables, share, undo)

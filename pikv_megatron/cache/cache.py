@@ -145,7 +145,7 @@ class PiKVCache:
         checks.check_start(start, request.layers[layer_id].length if request else 0, request_id, layer_id)
         if request is None:
             needed = self.sealer.needed(layer_id, None, tokens)
-            self.sealer.check_room(needed.device, needed.below, f"request {request_id}, layer {layer_id}")
+            self.sealer.check_room([needed], f"request {request_id}, layer {layer_id}")
             request = self._table.create(request_id)
         state = request.layers[layer_id]
         self.sealer.make_room(state, tokens)
@@ -325,7 +325,7 @@ class PiKVCache:
         checks.check_queries(tokens, state.length, request_id, layer_id)
         checks.check_finite("q", q, self.runtime, min(torch.finfo(q.dtype).max, LARGEST))
         rows = group_rows(q, model.num_query_groups)
-        if tokens == 1:
+        if tokens == 1 and not state.newest_is_sealed():
             (out, lse), missed = self.attention.attend_decode([state], rows.unsqueeze(0))
             attended = Attended(Partial(out[0], lse[0]), missed and (missed[0][0], missed[1][0]))
         else:

@@ -10,7 +10,7 @@ import torch
 from pikv_megatron.cache import checks
 from pikv_megatron.cache.events import CacheEvents
 from pikv_megatron.cache.layout import gather_decoded
-from pikv_megatron.cache.sealing import Sealer
+from pikv_megatron.cache.sealing import Needed, Sealer
 from pikv_megatron.cache.state import LayerState, Request, Reservation
 from pikv_megatron.cache.window import LayerWindow, RawTokens, WindowBuffer
 from pikv_megatron.codecs.compressor import Compressor
@@ -119,7 +119,7 @@ class Requests:
         if target in self.live:
             raise ValueError(f"target: expected a request that does not exist yet, {target} is live")
         self.check_slots([target])
-        self._sealer.check_room(*self._copied_blocks(original, 1), f"fork of request {source}")
+        self._sealer.check_room([self._copied(original, 1)], f"fork of request {source}", self._owned(original))
         self._copy(original, target)
         for listener in self._listeners:
             listener.forked(source, target)
@@ -133,13 +133,18 @@ class Requests:
             checks.check_request_id(source)
         goes_to = {source: [t for t, s in zip(request_ids, sources, strict=True) if s == source] for source in sources}
         unused = [requests[r] for r in request_ids if r not in goes_to]
-        needed = [self._copied_blocks(requests[s], len(to) - 1) for s, to in goes_to.items()]
-        freed = [
-            pool.freed_by(i for request in unused for i in self._blocks_of(request, tier))
-            for tier, pool in enumerate(self._tiers)
-        ]
-        device, below = (sum(column) for column in zip(*needed, strict=True))
-        self._sealer.check_room(device - freed[0], below - sum(freed[1:]), f"reorder of requests {list(request_ids)}")
+        needed = [self._copied(requests[s], len(to) - 1) for s, to in goes_to.items()]
+        owners = sum((len(to) - 1) * self._owned(requests[s]) for s, to in goes_to.items())
+        for tier, pool in enumerate(self._tiers):
+            given = [block_id for request in unused for block_id in self._blocks_of(request, tier)]
+            freed = pool.freed_by(given)
+            if tier == 0:
+                claims = sum(state.reserved.claims for r in unused for state in r.layers if state.reserved)
+                needed.append(Needed(0, -freed, -claims, 0))
+                owners -= len(given) - freed
+            else:
+                needed.append(Needed(0, 0, 0, -freed))
+        self._sealer.check_room(needed, f"reorder of requests {list(request_ids)}", owners)
         for request in unused:
             self._drop(request)
         for request_id in request_ids:
@@ -158,17 +163,21 @@ class Requests:
         for listener in self._listeners:
             listener.reordered(request_ids, sources)
 
-    def _copied_blocks(self, request: Request, copies: int) -> tuple[int, int]:
-        """Blocks that copies of a request need on the device and below it: what is reserved, and, where one block is
-        to take another's place, a fresh one for each owner of that, since nobody writes to a block that is shared.
+    def _copied(self, request: Request, copies: int) -> Needed:
+        """What copies of a request need for the seals that wait: what is reserved for it, and claims of it and of each
+        copy to others in the place of the blocks that they will share.
         """
-        device = below = 0
+        device = claims = below = 0
         for state in request.layers:
             if copies and (reserved := state.reserved) is not None:
-                fresh = reserved.grows + self._replaced(state)
-                device += copies * fresh + fresh - len(reserved.device)
+                device += copies * len(reserved.device)
+                claims += (copies + 1) * self._replaced(state) - reserved.claims
                 below += copies * len(reserved.below)
-        return device, below
+        return Needed(0, device, claims, below)
+
+    def _owned(self, request: Request) -> int:
+        """Blocks on the device that a copy of a request will share with it."""
+        return sum(len(state.tables[0]) for state in request.layers)
 
     def _replaced(self, state: LayerState) -> int:
         """Entries of the device's table whose places the next seal may take."""
@@ -183,14 +192,12 @@ class Requests:
             ours.window.copy_from(theirs.window)
             ours.committed, ours.sealed_end = theirs.committed, theirs.sealed_end
             if (reserved := theirs.reserved) is not None:
-                fresh = reserved.grows + self._replaced(theirs)
-                reserved.device += self._tiers[0].allocate(fresh - len(reserved.device))
-                ours.reserved = Reservation(
-                    reserved.grows,
-                    self._tiers[0].allocate(fresh),
-                    [(tier, self._tiers[tier].allocate(1)[0]) for tier, _ in reserved.below],
-                    reserved.victim,
-                )
+                device = self._tiers[0].allocate(reserved.grows)
+                below = self._sealer.allocate_below(len(reserved.below))
+                claims = self._replaced(theirs)
+                self._tiers[0].claims += 2 * claims - reserved.claims
+                reserved.claims = claims
+                ours.reserved = Reservation(device, claims, below, reserved.victim)
             for mine, table in zip(ours.tables, theirs.tables, strict=True):
                 table.pool.share(table.ids)
                 rows = mine.extend(table.ids)

@@ -10,7 +10,7 @@ into memory that nobody else reads, so that a step can be undone (`undo`) until 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,19 +23,20 @@ from pikv_megatron.cache.state import LayerState, Leaving, OnHost, Reservation, 
 from pikv_megatron.cache.window import RawTokens, WindowBuffer, WindowMemory
 from pikv_megatron.codecs.compressor import Compressor
 from pikv_megatron.config import ModelConfig, RuntimeConfig
+from pikv_megatron.device_numbers import on_device
 from pikv_megatron.tiers import Tier
 from pikv_megatron.tiers.blocks import ImportanceRows, PoolFullError
 
 
 class Needed(NamedTuple):
-    """What a seal of `blocks` blocks needs: free blocks on the device, and in the tiers below it together. grows: by
-    how many blocks the device's table will have grown then.
+    """What a seal of `blocks` blocks needs: free blocks on the device, by as many as its table will have grown then;
+    claims to others in the place of shared ones there (`BlockPool.claims`); and free blocks in the tiers below it.
     """
 
     blocks: int
     device: int
+    claims: int
     below: int
-    grows: int
 
 
 NOTHING = Needed(0, 0, 0, 0)
@@ -57,7 +58,7 @@ class _New:
         """Some of them, or all, in the order of `index`."""
         if index == list(range(len(self.start))):
             return self
-        at = torch.tensor(index, dtype=torch.int64, device=self.k.device)
+        at = on_device(index, self.k.device)
         importance = None if self.importance is None else self.importance[at]
         return _New(self.k[at], self.v[at], self.start[at], self.label[at], importance)
 
@@ -94,7 +95,7 @@ class Sealer:
         if not count or buffer.sliding is not None:
             return NOTHING
         if self._allowed is None:
-            return Needed(count, count, 0, count)
+            return Needed(count, count, 0, 0)
         held = shared = 0
         if state is not None:
             table = state.tables[0]
@@ -103,11 +104,14 @@ class Sealer:
                 shared = sum(map(table.pool.is_shared, table.ids))
         grows = min(count, max(0, self._allowed[layer_id] - held))
         over = count - grows
-        return Needed(count, grows + min(over, shared), over if self._demotes else 0, grows)
+        return Needed(count, grows, min(over, shared), over if self._demotes else 0)
 
-    def check_room(self, device: int, below: int, what: str) -> None:
-        """Raises PoolFullError where fewer blocks are free on the device, or in the tiers below it."""
-        self._tiers[0].check_free(device, what)
+    def check_room(self, needed: Iterable[Needed], what: str, owners: int = 0) -> None:
+        """Raises PoolFullError where there is not all of that on the device, with so many more owners of blocks there,
+        or in the tiers below it.
+        """
+        _, device, claims, below = (sum(column) for column in zip(NOTHING, *needed, strict=True))
+        self._tiers[0].check_free(device, what, claims, owners)
         lower = self._tiers[1:]
         free = sum(pool.free_blocks for pool in lower)
         if below > free:
@@ -125,15 +129,16 @@ class Sealer:
         for state, needed in wanted:
             state.reserved = None
             if needed.blocks:
-                device, below = self._tiers[0].allocate(needed.device), self._allocate_below(needed.below)
-                state.reserved = Reservation(needed.grows, device, below)
-                if needed.blocks == 1 and not needed.grows and len(state.tables[0]):
+                device, below = self._tiers[0].allocate(needed.device), self.allocate_below(needed.below)
+                self._tiers[0].claims += needed.claims
+                state.reserved = Reservation(device, needed.claims, below)
+                if needed.blocks == 1 and not needed.device and len(state.tables[0]):
                     choose.append(state)
         for state, victim in zip(choose, self._victims(choose), strict=True):
             assert state.reserved is not None
             state.reserved.victim = victim
 
-    def _allocate_below(self, blocks: int) -> list[tuple[int, int]]:
+    def allocate_below(self, blocks: int) -> list[tuple[int, int]]:
         """Blocks of the highest tiers below the device that have some, as (tier, block id)."""
         found: list[tuple[int, int]] = []
         for tier, pool in enumerate(self._tiers[1:], 1):
@@ -158,6 +163,7 @@ class Sealer:
         reserved, state.reserved = state.reserved, None
         if reserved is not None:
             self._tiers[0].free(reserved.device)
+            self._tiers[0].claims -= reserved.claims
             self._free_below(reserved.below)
 
     def _free_below(self, places: Sequence[tuple[int, int]]) -> None:
@@ -171,7 +177,7 @@ class Sealer:
         appended. Raises PoolFullError; nothing was sealed or reserved then.
         """
         needed = self.needed(state.layer_id, state, tokens)
-        self.check_room(needed.device, needed.below, f"request {state.request_id}, layer {state.layer_id}")
+        self.check_room([needed], f"request {state.request_id}, layer {state.layer_id}")
         self.seal(state)
         self.reserve([(state, needed)])
 
@@ -222,14 +228,14 @@ class Sealer:
         come = sorted(set(range(count)).difference(lost))
         now, late = come[: reserved.grows], come[reserved.grows :]
         if now:
-            self._place(state, 0, new.pick(now), reserved.device[: reserved.grows], step_id)
+            self._place(state, 0, new.pick(now), reserved.device, step_id)
         for tier, places in _by_tier(reserved.below[len(old) :]).items():
             self._place(state, tier, new.pick([lost[i] for i, _ in places]), [b for _, b in places], step_id)
         comes = new.pick(late)
         fields = self._compressor.encode(comes.k, comes.v) if late else {}
         importance = comes.k.new_zeros(0) if comes.importance is None else comes.importance.clone()
-        fresh, below = reserved.device[reserved.grows :], reserved.below[: len(old)]
-        return Leaving(len(lost), old, below, fresh, fields, comes.start, comes.label, importance)
+        below = reserved.below[: len(old)]
+        return Leaving(len(lost), old, below, reserved.claims, fields, comes.start, comes.label, importance)
 
     def finish(self, state: LayerState) -> None:
         """Makes a seal final."""
@@ -241,9 +247,9 @@ class Sealer:
         self._count(leaving.lost)
         targets: Sequence[tuple[int, int] | None] = leaving.below or [None] * len(leaving.entries)
         gone = [(state, entry, below) for entry, below in zip(leaving.entries, targets, strict=True)]
-        ids = self._displace(gone, leaving.fresh)
+        ids = self._displace(gone, leaving.claims)
         if len(ids):
-            at = torch.tensor(ids, dtype=torch.int64, device=table.pool.device)
+            at = on_device(ids, table.pool.device)
             for name, encoded in leaving.fields.items():
                 table.pool.fields[name].index_copy_(0, at, encoded)
             table.pool.describe(at, leaving.start, leaving.label)
@@ -257,7 +263,7 @@ class Sealer:
                 table.pool.free(table.remove(range(length, len(table))))
             state.sealed_end = sealed.sealed_end
             if sealed.leaving is not None:
-                self._tiers[0].free(sealed.leaving.fresh)
+                self._tiers[0].claims -= sealed.leaving.claims
                 self._free_below(sealed.leaving.below)
         self.give_back(state)
         state.window.discard()
@@ -272,8 +278,8 @@ class Sealer:
             by_memory[id(state.window.buffer.memory)].append(state)
         for group in by_memory.values():
             memory = group[0].window.buffer.memory
-            layers = torch.tensor([state.window.buffer.index for state in group], device=memory.k.device)
-            slots = torch.tensor([state.window.index for state in group], device=memory.k.device)
+            layers = on_device([state.window.buffer.index for state in group], memory.k.device)
+            slots = on_device([state.window.index for state in group], memory.k.device)
             if memory.sliding is None:
                 self._place_full(group, memory, layers, slots, step_id)
             memory.drop_block(layers, slots)
@@ -285,16 +291,17 @@ class Sealer:
         self, states: list[LayerState], memory: WindowMemory, layers: Tensor, slots: Tensor, step_id: int | None
     ) -> None:
         raw = memory.at(layers, slots, memory.sinks, memory.sinks + self._size)
-        starts = torch.tensor([state.sealed_end for state in states], device=raw.k.device)
+        starts = on_device([state.sealed_end for state in states], raw.k.device)
         new = _New(raw.k, raw.v, starts, self._label(raw.expert_ids, raw.weights), raw.importance)
         targets: dict[int, list[tuple[int, int]]] = defaultdict(list)  # tier: which of the states, block id
-        displaced = []
+        displaced, claims = [], 0
         for i, state in enumerate(states):
             reserved, state.reserved = state.reserved, None
             assert reserved is not None
             if reserved.victim is not None:
                 below = reserved.below[0] if reserved.below else None
-                displaced.append((i, (state, reserved.victim.read(), below), reserved.device))
+                displaced.append((i, (state, reserved.victim.read(), below)))
+                claims += reserved.claims
             elif reserved.grows:
                 targets[0].append((i, reserved.device[0]))
             else:
@@ -302,26 +309,23 @@ class Sealer:
                 for tier, block_id in reserved.below:
                     targets[tier].append((i, block_id))
         if displaced:
-            fresh = [block_id for *_, blocks in displaced for block_id in blocks]
-            ids = self._displace([gone for _, gone, _ in displaced], fresh)
-            targets[0] += [(i, block_id) for (i, *_), block_id in zip(displaced, ids, strict=True)]
+            ids = self._displace([gone for _, gone in displaced], claims)
+            targets[0] += [(i, block_id) for (i, _), block_id in zip(displaced, ids, strict=True)]
         for tier, found in targets.items():
             here = new.pick([i for i, _ in found])
             self._write(tier, here, [block_id for _, block_id in found])
-            for row, (i, block_id) in enumerate(found):
-                importance = None if here.importance is None else here.importance[row : row + 1]
-                self._enter(states[i], tier, [block_id], importance, step_id)
+            rows = [row for i, block_id in found for row in states[i].tables[tier].extend([block_id])]
+            self._receive(rows, here.importance)
+            for i, block_id in found:
+                self._tell(states[i], tier, [block_id], step_id)
 
     # ---- placing
 
-    def _displace(
-        self, leaving: Sequence[tuple[LayerState, int, tuple[int, int] | None]], fresh: list[int]
-    ) -> list[int]:
+    def _displace(self, leaving: Sequence[tuple[LayerState, int, tuple[int, int] | None]], claims: int) -> list[int]:
         """Takes entries out of device tables, to a lower tier or away: (state, entry, where to). An entry of a state
-        must be its only one here, or all of them ascend.
+        must be its only one here, or all of them ascend. claims: of all of them, which end here.
 
-        Returns: a block of the device for what comes in the place of each: its own, or a fresh one where others share
-        that. Fresh ones that are not needed are freed.
+        Returns: a block of the device for what comes in the place of each: its own, or another where others share that.
         """
         pool = self._tiers[0]
         self._count(len(leaving))
@@ -349,14 +353,14 @@ class Sealer:
                     source = Blocks(*names, (state.tables[0].ids[entry],), pool)
                     for listener in self._listeners:
                         listener.moved(source, Blocks(*names, (below[1],), self._tiers[below[0]]))
-        given, fresh = [], list(fresh)
+        pool.claims -= claims
+        given = []
         for state, entry, _ in reversed(leaving):
             (block_id,) = state.tables[0].remove([entry])
             if pool.is_shared(block_id):
                 pool.free([block_id])
-                block_id = fresh.pop()
+                (block_id,) = pool.allocate(1)
             given.append(block_id)
-        pool.free(fresh)
         return given[::-1]
 
     def _place(self, state: LayerState, tier: int, new: _New, ids: list[int], step_id: int | None) -> None:
@@ -366,17 +370,22 @@ class Sealer:
 
     def _write(self, tier: int, new: _New, ids: list[int]) -> None:
         pool = self._tiers[tier]
-        at = torch.tensor(ids, dtype=torch.int64, device=pool.device)
+        at = on_device(ids, pool.device)
         self._compressor.write(pool.fields, at, new.k, new.v)
         pool.describe(at, new.start, new.label)
 
     def _enter(
         self, state: LayerState, tier: int, ids: list[int], importance: Tensor | None, step_id: int | None
     ) -> None:
-        rows = state.tables[tier].extend(ids)
+        self._receive(state.tables[tier].extend(ids), importance)
+        self._tell(state, tier, ids, step_id)
+
+    def _receive(self, rows: list[int], importance: Tensor | None) -> None:
+        """Writes the importance of new entries."""
         if self._importance is not None and importance is not None:
-            at = torch.tensor(rows, dtype=torch.int64, device=self._importance.tensor.device)
-            self._importance.tensor.index_copy_(0, at, importance)
+            self._importance.tensor.index_copy_(0, on_device(rows, self._importance.tensor.device), importance)
+
+    def _tell(self, state: LayerState, tier: int, ids: list[int], step_id: int | None) -> None:
         for listener in self._listeners:
             listener.sealed(step_id, Blocks(state.request_id, state.layer_id, tuple(ids), self._tiers[tier]))
 

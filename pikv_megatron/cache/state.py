@@ -52,15 +52,19 @@ class Victim(NamedTuple):
 class Reservation:
     """Memory for the next seal of a layer of a request.
 
-    grows: entries that the device's table will grow by. device: free blocks there, `grows` of them, and one for each
-    entry that cannot be written over since another request shares it. below: where what leaves the device goes, as
-    (tier, block id). victim: the entry of the device's table that a single new block takes the place of.
+    device: blocks there for the entries that the device's table will grow by. claims: in the place of how many of its
+    blocks it may ask for others, since they are shared. below: where what leaves the device goes, as (tier, block id).
+    victim: the entry of the device's table that a single new block takes the place of.
     """
 
-    grows: int
     device: list[int]
+    claims: int
     below: list[tuple[int, int]]
     victim: Victim | None = None
+
+    @property
+    def grows(self) -> int:
+        return len(self.device)
 
 
 @dataclass
@@ -68,15 +72,14 @@ class Leaving:
     """What sealing does to blocks that a step must not touch before it is committed.
 
     lost: new blocks that did not stay on the device. entries: of the device's table, that leave. below: where they go,
-    as (tier, block id); empty: nowhere. fresh: free blocks of the device for what comes in their place, beside the
-    blocks that they give back. The rest are the blocks that come: encoded fields with start, label, importance [n],
-    n = 0 where none comes.
+    as (tier, block id); empty: nowhere. claims: as in `Reservation`. The rest are the blocks that come: encoded fields
+    with start, label, importance [n], n = 0 where none comes.
     """
 
     lost: int
     entries: list[int]
     below: list[tuple[int, int]]
-    fresh: list[int]
+    claims: int
     fields: dict[str, Tensor]
     start: Tensor
     label: Tensor

@@ -13,6 +13,7 @@ from pikv_megatron.cache.sealing import Sealer
 from pikv_megatron.cache.state import Request
 from pikv_megatron.cache.window import WindowBuffer
 from pikv_megatron.config import ModelConfig, RuntimeConfig
+from pikv_megatron.device_numbers import DeviceNumbers
 from pikv_megatron.reading.reader import Reading, Source
 from pikv_megatron.sharding.placement.owners import Owners
 from pikv_megatron.tiers.blocks import BlockPool, ImportanceRows
@@ -31,7 +32,7 @@ class ReadMeter:
         self._max = torch.zeros(shape, dtype=torch.float64, device=device)
         self._calls = [0] * model.num_layers
 
-    def add(self, layer_id: int, reading: Reading, sources: Sequence[Source]) -> None:
+    def add(self, layer_id: int, reading: Reading, sources: Sequence[Source], numbers: DeviceNumbers) -> None:
         """Adds the reads of a layer's decode tokens: means over a request's heads to the sums, the worst head to the
         maxima. Requests that have nothing sealed do not count.
         """
@@ -40,9 +41,8 @@ class ReadMeter:
         some = [i for i, tokens in enumerate(sealed) if tokens]
         figures = [reading.estimate, reading.certificate, reading.tokens_read]
         if len(some) < len(sealed):
-            at = torch.tensor(some, device=reading.estimate.device)
-            figures = [x.index_select(0, at) for x in figures]
-        totals = torch.tensor([sealed[i] for i in some], device=reading.estimate.device).unsqueeze(1)
+            figures = [x.index_select(0, numbers.of(tuple(some))) for x in figures]
+        totals = numbers.of(tuple(sealed[i] for i in some)).unsqueeze(1)
         figures[2] = figures[2] / totals
         self._sum[layer_id] += torch.stack([x.flatten(1).mean(1, dtype=torch.float64).sum() for x in figures])
         worst = torch.stack([x.amax().double() for x in figures])

@@ -131,5 +131,5 @@ class Steps:
                 state = None if request is None else request.layers[layer_id]
                 needed.append(self.sealer.needed(layer_id, state, count))
         what = f"{sum(tokens.values())} tokens of {len(tokens)} requests {where}"
-        self.sealer.check_room(sum(n.device for n in needed), sum(n.below for n in needed), what)
+        self.sealer.check_room(needed, what)
         return needed

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pikv_megatron.device_numbers import on_device
+
 
 class Place(NamedTuple):
     """Where a block is: the rank of the expert-parallel group, the tier's kind there, and the format it is stored in.
@@ -98,6 +100,10 @@ class BlockPool:
         self._references = [0] * num_blocks
         self.shared_blocks = 0
         """Blocks with more than one owner."""
+        self.more_owners = 0
+        """Owners of blocks beside the first of each."""
+        self.claims = 0
+        """For how many of their blocks owners may ask for others, since nobody writes to one that is shared."""
         self.generation = 0
         """Grows whenever a block is written, shared or freed, or its request gets another name: what was known of the
         pool's blocks before may not be so now.
@@ -130,12 +136,20 @@ class BlockPool:
     def allocated_bytes(self) -> int:
         return sum(t.untyped_storage().nbytes() for t in self.tensors.values())
 
-    def check_free(self, blocks: int, what: str) -> None:
-        """Raises PoolFullError where fewer than `blocks` are free."""
-        if blocks > len(self._free):
+    def _claimed(self, claims: int = 0, owners: int = 0) -> int:
+        """Free blocks that are kept for claims, if there were so many more claims and owners. No more can be asked for
+        than there are owners beside the first: the last one writes where it is.
+        """
+        return min(self.claims + claims, self.more_owners + owners)
+
+    def check_free(self, blocks: int, what: str, claims: int = 0, owners: int = 0) -> None:
+        """Raises PoolFullError where `blocks` and so many more claims, with so many more owners, are too much."""
+        needed = blocks + self._claimed(claims, owners) - self._claimed()
+        free = len(self._free) - self._claimed()
+        if needed > free:
             raise PoolFullError(
-                f"{what}: needs {blocks} blocks of {self.block_size} tokens in the {self.kind} tier, "
-                f"{len(self._free)} of {self.num_blocks} are free; release requests or raise max_tokens "
+                f"{what}: needs {needed} blocks of {self.block_size} tokens in the {self.kind} tier, "
+                f"{free} of {self.num_blocks} are free; release requests or raise max_tokens "
                 "(tiers[].bytes, where it is set)"
             )
 
@@ -152,6 +166,7 @@ class BlockPool:
         self.generation += 1
         for block_id in ids:
             self._references[block_id] += 1
+            self.more_owners += 1
             self.shared_blocks += self._references[block_id] == 2
 
     def free(self, ids: Iterable[int]) -> None:
@@ -165,7 +180,9 @@ class BlockPool:
                 raise ValueError(f"block {block_id} of the {self.kind} tier is not allocated")
             self._references[block_id] -= 1
             self.shared_blocks -= self._references[block_id] == 1
-            if not self._references[block_id]:
+            if self._references[block_id]:
+                self.more_owners -= 1
+            else:
                 heapq.heappush(self._free, block_id)
 
     def is_shared(self, block_id: int) -> bool:
@@ -313,8 +330,7 @@ class _Mirror:
                 grown = self._tensor.new_zeros(max(64, count, 2 * self._tensor.shape[0]))
                 grown[: self._same] = self._tensor[: self._same]
                 self._tensor = grown
-            new = torch.tensor(values[self._same :], dtype=torch.int64)
-            self._tensor[self._same : count] = new.to(self._tensor.device)
+            self._tensor[self._same : count] = on_device(values[self._same :], self._tensor.device)
             self._same = count
             self._view = self._tensor[:count]
         elif count != self._view.shape[0]:

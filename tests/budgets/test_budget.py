@@ -17,6 +17,7 @@ import torch
 from dense import (
     assert_pools_free,
     attend_retrieved,
+    forward,
     generator,
     model_config,
     random_kv,
@@ -337,6 +338,20 @@ def test_a_query_whose_tokens_were_all_dropped_is_refused():
     with pytest.raises(ValueError, match="dropped all that one of these 40 queries may see; attend before"):
         cache.attend(0, random_q(cache.model, 40, rng))
     assert cache.attend(0, random_q(cache.model, 3, rng))[1].isfinite().all()
+
+
+def test_a_query_of_which_nothing_is_left_is_refused():
+    """Taken back to a token that the budget had dropped."""
+    cache, rng = (
+        _cache({"policy": "uniform", "first_layer_tokens": 1}, "drop", sinks=0, window=1, block_size=1),
+        generator(4),
+    )
+    forward(cache, {0: 5}, rng)
+    cache.crop(0, 3)
+    with pytest.raises(ValueError, match="dropped all that one of these 1 queries may see"):
+        cache.attend(0, random_q(cache.model, 1, rng))
+    forward(cache, {0: 1}, rng)
+    assert cache.retrieve(0).positions.tolist() == [3]
 
 
 # ---- the formula

@@ -313,6 +313,10 @@ class Both:
             assert pool._references == [count[i] for i in range(pool.num_blocks)]
             assert sorted(pool._free) == [i for i in range(pool.num_blocks) if not count[i]]
             assert pool.shared_blocks == sum(owners > 1 for owners in count.values())
+            assert pool.more_owners == sum(owners - 1 for owners in count.values())
+            assert min(pool.claims, pool.more_owners) <= pool.free_blocks
+        states = [state for request in cache._requests.values() for state in request.layers]
+        assert cache.tiers[0].claims == sum(state.reserved.claims for state in states if state.reserved)
         if cache.importance is not None:
             assert not rows or max(rows.values()) == 1
             assert sorted([*rows, *cache.importance._free]) == list(range(len(cache.importance.tensor)))

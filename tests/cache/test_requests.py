@@ -186,6 +186,17 @@ def test_cutting_an_int8_block_keeps_what_it_decodes_to():
             assert torch.equal(ours, theirs[:21])
 
 
+@pytest.mark.parametrize("mode", ["top_k", "mass"])
+def test_a_query_whose_token_is_sealed_reads_everything(mode):
+    """Taken back to the end of a block, and asked once more: its own token is not left out."""
+    cache = _filled(codec="int8", attention={"mode": mode, "read_fraction": 0.1, "epsilon": 0.9}).cache
+    cache.crop(0, 22)
+    q = random_q(cache.model, 1, generator())
+    got = cache.attend_measured(0, q)
+    assert not got.missed_certificate.any()
+    torch.testing.assert_close(got.out.double(), attend_retrieved(cache, 0, q)[0], rtol=CLOSE, atol=CLOSE)
+
+
 def test_labels_of_a_cut_block_stay():
     cache = _filled().cache
     (table,) = cache._requests[0].layers[1].tables

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from dense import (
     assert_pools_free,
+    forward,
     generator,
     model_config,
     random_kv,
@@ -143,7 +146,8 @@ def test_copies_under_a_budget():
     _refused(cache, lambda: cache.fork(0, 2), "fork of request 0: needs 2 blocks .* device tier, 1 of 5 are free")
     cache.fork(1, 2)
     cache.reorder([0, 1, 2], [0, 0, 0])  # what 1 and 2 shared is free, and all three will write
-    assert [pool.free_blocks for pool in cache.tiers] == [0, 0]
+    assert [pool.free_blocks for pool in cache.tiers] == [3, 0]
+    assert cache.tiers[0].claims == 3
     for request in (0, 1, 2):
         cache.observe_routing(0, *random_routing(cache.model, 1, rng), request)
         assert cache.length(0, request) == len(cache.retrieve(0, request).positions) == 28
@@ -152,6 +156,29 @@ def test_copies_under_a_budget():
     _refused(cache, lambda: append(1, 2, False), "request 2, layer 0: needs 1 blocks .* host tier, 0 of 5 are free")
     for request in (0, 1, 2):
         cache.release(request)
+    assert_pools_free(cache)
+
+
+@pytest.mark.parametrize("over", ["drop", "demote"])
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [1, 3, 9, 30])
+def test_beams_under_a_budget_always_fit(over, blocks, tokens):
+    """Memory for what requests may hold is enough, whatever they share: the last to leave a block writes over it."""
+    budget = {"policy": "uniform", "first_layer_tokens": 8 + 4 * blocks, "over_budget": over}
+    tiers = [{"kind": "device"}, {"kind": "host"}][: 1 + (over == "demote")]
+    cache, rng, chance = (
+        PiKVCache(model_config(), runtime_config(budget=budget, tiers=tiers)),
+        generator(3),
+        random.Random(3),
+    )
+    forward(cache, {0: 40}, rng)
+    for beam in (1, 2):
+        cache.fork(0, beam)
+    for _ in range(120 // tokens):
+        forward(cache, {0: tokens, 1: tokens, 2: tokens}, rng)
+        cache.reorder([0, 1, 2], [chance.choice([0, 1, 2]) for _ in range(3)])
+    for beam in (0, 1, 2):
+        cache.release(beam)
     assert_pools_free(cache)
 
 

@@ -170,6 +170,28 @@ def test_nothing_in_a_step_needs_a_number_from_the_device(name, way, monkeypatch
             wait()
 
 
+@pytest.mark.parametrize("kind", [{}, DEMOTE, {"codec": "int8", "attention": TOP_K}, {"attention": TOP_K, **DEMOTE}])
+def test_what_the_host_tells_the_device_does_not_grow_with_the_layers(kind, monkeypatch):
+    """Where requests' tokens and blocks are is told once a step; on a GPU each telling is a copy."""
+    kind = {**kind, "budget": {"policy": "uniform", "first_layer_tokens": 40}} if "budget" in kind else kind
+    told = dict[int, int]()
+    for layers in (2, 8):
+        cache, rng = PiKVCache(model_config(num_layers=layers), runtime_config(**kind)), generator(2)
+        forward(cache, {0: 60, 1: 27}, rng)
+        for _ in range(3):  # tables are told of what was sealed
+            forward(cache, {0: 1, 1: 1}, rng)
+        tensor, told[layers] = torch.tensor, 0
+
+        def count(*args, layers=layers, tensor=tensor, **kwargs):
+            told[layers] += 1
+            return tensor(*args, **kwargs)
+
+        with monkeypatch.context() as watched:
+            watched.setattr(torch, "tensor", count)
+            forward(cache, {0: 1, 1: 1}, rng)
+    assert 0 < told[2] == told[8] < 10
+
+
 def test_values_are_looked_at_where_a_prompt_hides_the_wait(monkeypatch):
     """On a GPU, `meta` here: not those of decode tokens, however many requests have one."""
     runtime = runtime_config()
@@ -206,7 +228,7 @@ def _check_bytes(cache) -> None:
     for tier, pool in enumerate(cache.tiers):
         blocks = [i for s in states for i in s.tables[tier].ids]
         taken = [(s.reserved.device, s.reserved.below) for s in states if s.reserved]
-        taken += [(s.sealed.leaving.fresh, s.sealed.leaving.below) for s in states if s.sealed and s.sealed.leaving]
+        taken += [([], s.sealed.leaving.below) for s in states if s.sealed and s.sealed.leaving]
         for device, below in taken:
             blocks += [i for at, i in [*((0, i) for i in device), *below] if at == tier]
         assert len(blocks) == len(set(blocks))

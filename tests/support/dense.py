@@ -154,7 +154,7 @@ def held_tensors(cache: PiKVCache) -> dict[str, Tensor]:
 
 def _reserved(state: Any) -> Any:
     r = state.reserved
-    return r and (r.grows, list(r.device), list(r.below), r.victim and r.victim.read())
+    return r and (list(r.device), r.claims, list(r.below), r.victim and r.victim.read())
 
 
 def snapshot(cache: PiKVCache) -> dict[str, Any]:
@@ -177,3 +177,4 @@ def snapshot(cache: PiKVCache) -> dict[str, Any]:
 def assert_pools_free(cache: PiKVCache) -> None:
     for pool in cache.tiers:
         assert pool.free_blocks == pool.num_blocks, f"{pool.kind}: {pool.used_blocks} blocks are still taken"
+        assert pool.claims == pool.more_owners == 0

@@ -73,6 +73,31 @@ def test_a_full_pool_says_so_and_gives_nothing():
     assert pool.free_blocks == 1
 
 
+def test_claims_keep_as_many_blocks_free_as_there_are_other_owners():
+    """Of a block with three owners two may ask for others; the third has it alone then."""
+    pool = _pool(6)
+    ids = pool.allocate(2)
+    for _ in range(2):
+        pool.share(ids[:1])
+    pool.claims = 1
+    with pytest.raises(PoolFullError, match=r"x: needs 4 blocks .*, 3 of 6 are free"):
+        pool.check_free(4, "x")
+    pool.claims = 5
+    assert (pool.shared_blocks, pool.more_owners) == (1, 2)
+    with pytest.raises(PoolFullError, match=r"x: needs 3 blocks .*, 2 of 6 are free"):
+        pool.check_free(3, "x")
+    with pytest.raises(PoolFullError, match=r"x: needs 3 blocks .*, 2 of 6 are free"):
+        pool.check_free(1, "x", owners=2)
+    pool.check_free(1, "x", claims=99, owners=1)
+    pool.check_free(4, "x", claims=-4, owners=-2)
+    pool.allocate(2)
+    for _ in range(2):
+        pool.free(ids[:1])
+        pool.claims -= 1
+        pool.allocate(1)
+    assert (pool.free_blocks, pool.more_owners, pool.is_shared(ids[0])) == (0, 0, False)
+
+
 @pytest.mark.parametrize("wrong", [0, 3, -1, 10, 99])
 def test_a_block_that_is_not_taken_cannot_be_freed(wrong):
     pool = _pool()
