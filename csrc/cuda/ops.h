@@ -152,8 +152,8 @@ inline LowRank placed_part(const Tensor& q, const std::vector<Tensor>& x, int64_
   return part;
 }
 
-// Brings q [requests, G, R, D], or [G, R, D], to the bases of the keys' part and says there where that is: in the tensor
-// that it returns.
+// Brings q [requests, G, R, D], or [G, R, D], to the bases of the keys' part and says there where that is: in the
+// tensor that it returns.
 Tensor project_queries(const char* op, const Tensor& q, double softmax_scale, const Keys& keys, LowRank& part);
 
 // Logits [G, R, count * B] of blocks from whole keys, with their low-rank part where there is one.

@@ -62,8 +62,8 @@ __device__ __forceinline__ void score_block(const BlockScoring& work, const unsi
   }
 }
 
-// Grid: pieces of kThreads blocks, KV heads, pieces of ROWS rows. A thread block goes through the requests of its piece:
-// their queries come to shared memory, and the lanes whose blocks are theirs take them.
+// Grid: pieces of kThreads blocks, KV heads, pieces of ROWS rows. A thread block goes through the requests of its
+// piece: their queries come to shared memory, and the lanes whose blocks are theirs take them.
 template <int ROWS>
 __global__ void __launch_bounds__(kThreads, 4) score_blocks_kernel(BlockScoring work) {
   PIKV_DYNAMIC_SHARED(shared);
@@ -102,8 +102,8 @@ int launch_score_blocks(const BlockScoring& work, cudaStream_t stream) {
 }
 
 extern "C" int pikv_cuda_score_blocks(const float* q, int64_t rows, float softmax_scale, const Keys* keys,
-                                      const int64_t* ids, const Runs* blocks, float* bound, float* centre, float* spread,
-                                      void* stream) {
+                                      const int64_t* ids, const Runs* blocks, float* bound, float* centre,
+                                      float* spread, void* stream) {
   if (!keys->scale || !keys->zero || !dim_fits(keys->dim)) return cudaErrorInvalidValue;
   if (rows == 0 || blocks->count == 0) return cudaSuccess;
   BlockScoring work{};

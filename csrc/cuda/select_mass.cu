@@ -1,6 +1,6 @@
-// select_mass: how far each row of a request must read in the order of ranks, then who is read. What is missed falls from
-// token to token and what is read rises, so what a row needs is a beginning of the order: a thread block halves in on
-// where it ends, every thread a share of what is left in doubt, so that no sum is a difference of larger ones.
+// select_mass: how far each row of a request must read in the order of ranks, then who is read. What is missed falls
+// from token to token and what is read rises, so what a row needs is a beginning of the order: a thread block halves in
+// on where it ends, every thread a share of what is left in doubt, so that no sum is a difference of larger ones.
 
 #include "runs.cuh"
 
@@ -39,7 +39,8 @@ __device__ __forceinline__ LongSum others(LongSum mine, LongSum& all) {
   LongSum through = mine;
   for (int step = 1; step < kLanes; step *= 2) {
     LongSum other;
-    other.high = BEHIND ? __shfl_down_sync(kAllLanes, through.high, step) : __shfl_up_sync(kAllLanes, through.high, step);
+    other.high =
+        BEHIND ? __shfl_down_sync(kAllLanes, through.high, step) : __shfl_up_sync(kAllLanes, through.high, step);
     other.low = BEHIND ? __shfl_down_sync(kAllLanes, through.low, step) : __shfl_up_sync(kAllLanes, through.low, step);
     if (BEHIND ? lane_id() + step < kLanes : lane_id() >= step) through.add(other);
   }

@@ -1,5 +1,5 @@
-// select_topk: one thread block per KV head and request finds the smallest score that is still among the best, a byte at
-// a time from the most significant (radix select), then writes the places of the chosen in order.
+// select_topk: one thread block per KV head and request finds the smallest score that is still among the best, a byte
+// at a time from the most significant (radix select), then writes the places of the chosen in order.
 
 #include "warp.cuh"
 

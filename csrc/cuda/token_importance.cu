@@ -24,8 +24,8 @@ struct Importance {
   int at_warps, warp_bytes;
 };
 
-// The tile of a warp, tokens from `first` on of a block: its request, where the block is (its matrix [block, KV head] of
-// the first head; of raw tokens the slot's first row), and which of its tokens count.
+// The tile of a warp, tokens from `first` on of a block: its request, where the block is (its matrix [block, KV head]
+// of the first head; of raw tokens the slot's first row), and which of its tokens count.
 struct ImportanceTile {
   int64_t block, at;
   int request, first, begin, end;

@@ -25,8 +25,8 @@ inline std::vector<PartialMemory> partial_memory(int64_t pieces, int64_t rows, i
   return std::vector<PartialMemory>(pieces, PartialMemory(rows, dim));
 }
 
-// Merges what requests [0, begin.size() - 1) have, request i the pieces from begin[i] up to begin[i + 1], of `rows` rows
-// each: out [requests, rows, dim], lse [requests, rows].
+// Merges what requests [0, begin.size() - 1) have, request i the pieces from begin[i] up to begin[i + 1], of `rows`
+// rows each: out [requests, rows, dim], lse [requests, rows].
 inline void merge(const std::vector<PartialMemory>& pieces, const std::vector<int64_t>& begin, int64_t rows,
                   int64_t dim, float* out, float* lse) {
   const int64_t requests = static_cast<int64_t>(begin.size()) - 1;

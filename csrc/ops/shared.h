@@ -84,8 +84,8 @@ struct Pieces {
   int64_t size() const { return static_cast<int64_t>(all.size()); }
 };
 
-// Entries of a piece, for work of `total` entries whose pieces need memory of their own: some four pieces a thread, none
-// of fewer than `least`; with one thread there is nothing to share.
+// Entries of a piece, for work of `total` entries whose pieces need memory of their own: some four pieces a thread,
+// none of fewer than `least`; with one thread there is nothing to share.
 inline int64_t entries_apiece(int64_t total, int64_t least) {
   const int64_t threads = thread_count();
   return threads == 1 ? std::max<int64_t>(1, total) : std::max(least, total / (4 * threads) + 1);

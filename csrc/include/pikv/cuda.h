@@ -36,8 +36,8 @@ struct Runs {
 };
 
 // Raw tokens outside pools, in a buffer of slots whose KV heads' rows follow each other: request i has the tokens from
-// first[i] up to last[i] of slots[i]. The rows from one slot, and one KV head, to the next, of keys and of values alike.
-// Without slots one request has all tokens of one slot.
+// first[i] up to last[i] of slots[i]. slot_rows and head_rows are the rows from one slot, and from one KV head, to the
+// next, of keys and of values alike. Without slots one request has all tokens of one slot.
 struct Windows {
   const int64_t *slots, *first, *last;
   int64_t slot_rows, head_rows;
@@ -137,8 +137,8 @@ int pikv_cuda_score_blocks(const float* q, int64_t rows, float softmax_scale, co
 int pikv_cuda_token_importance(const float* q, const float* lse, int64_t rows, float softmax_scale, const Keys* keys,
                                const int64_t* ids, const Runs* blocks, float* importance, void* stream);
 
-// The same for each request's raw tokens (see attend_windows): importance [requests, C], C the block_size that keys say,
-// 0 where a request has none.
+// The same for each request's raw tokens (see attend_windows): importance [requests, C], C the block_size that keys
+// say, 0 where a request has none.
 int pikv_cuda_window_importance(const float* q, const float* lse, int64_t requests, int64_t rows, float softmax_scale,
                                 const Keys* keys, const Windows* windows, float* importance, void* stream);
 

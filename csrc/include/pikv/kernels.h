@@ -91,8 +91,9 @@ struct CpuKernels {
                      const int64_t* query_positions, Partial partial);
 
   // Adds tokens of blocks ids[0, blocks) of one KV head to its partial, the highest ranks first, until no row misses
-  // more than epsilon of its softmax. An unread token's logit is slope * coarse [R, blocks, B] + extra [R, blocks], rows
-  // `stride` blocks apart; raw_lse [R] of what is read anyway. read [blocks, B] says which were read; returns how many.
+  // more than epsilon of its softmax. An unread token's logit is slope * coarse [R, blocks, B] + extra [R, blocks],
+  // rows `stride` blocks apart; raw_lse [R] of what is read anyway. read [blocks, B] says which were read; returns how
+  // many.
   int64_t (*attend_mass)(const float* q, int64_t rows, const Keys& keys, const Values& values, const int64_t* ids,
                          int64_t blocks, int64_t head, const float* coarse, float slope, const float* extra,
                          int64_t stride, const float* raw_lse, double epsilon, bool* read, Partial partial);

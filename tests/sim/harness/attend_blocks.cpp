@@ -107,8 +107,8 @@ void run_windows() {
     const std::vector<float> its_k(k.begin() + at, k.begin() + at + tokens * dim),
         its_v(v.begin() + at, v.begin() + at + tokens * dim);
     pikv::scalar_kernels()->attend_raw(harness::padded_queries(q.data() + i * rows * dim, rows, dim, scale).data(),
-                                       rows, raw_keys(its_k, 1, tokens, dim), raw_values(its_v, 1, tokens, dim), nullptr,
-                                       nullptr, expected.from(i * rows));
+                                       rows, raw_keys(its_k, 1, tokens, dim), raw_values(its_v, 1, tokens, dim),
+                                       nullptr, nullptr, expected.from(i * rows));
   }
   expected.finish();
   const pikv::Keys keys = raw_keys(k, groups, capacity, dim);

@@ -37,7 +37,8 @@ void run(const Shape& s) {
   };
   const auto of_keys = part_of(s.dim, s.rank_k), of_values = part_of(s.value_dim, s.rank_v);
   const bool tokens = s.over == Over::kTokens || s.over == Over::kRaggedTokens, causal = s.over == Over::kBlocks;
-  const int64_t requests = s.over == Over::kRagged || s.over == Over::kRaggedTokens ? 3 : 1, listed = tokens ? s.groups * s.count : s.count;
+  const int64_t requests = s.over == Over::kRagged || s.over == Over::kRaggedTokens ? 3 : 1;
+  const int64_t listed = tokens ? s.groups * s.count : s.count;
   const float scale = 0.05f;
   const std::vector<float> q = harness::numbers(requests * s.groups * s.rows * s.dim);
   const std::vector<int64_t> first{0, s.count / 3, s.count / 3, s.count},

@@ -25,9 +25,12 @@ void run(int64_t groups, int64_t rows, const std::vector<int64_t>& lengths, floa
     for (int64_t row = head * rows; row < (head + 1) * rows; ++row) {
       const float *unread = if_unread.data() + row * count, *read = if_read.data() + row * count;
       std::vector<double> after(static_cast<size_t>(length) + 1);
-      for (size_t t = after.size() - 1; t-- > 0;) after[t] = after[t + 1] + std::exp(static_cast<double>(unread[its[t]]));
+      for (size_t t = after.size() - 1; t-- > 0;)
+        after[t] = after[t + 1] + std::exp(static_cast<double>(unread[its[t]]));
       double before = std::exp(static_cast<double>(raw_lse[static_cast<size_t>(request * groups * rows + row)]));
-      for (int64_t t = 0; t < length && after[static_cast<size_t>(t)] >= epsilon * (after[static_cast<size_t>(t)] + before); ++t) {
+      for (int64_t t = 0; t < length; ++t) {
+        const double missed = after[static_cast<size_t>(t)];
+        if (missed < epsilon * (missed + before)) break;
         before += std::exp(static_cast<double>(read[its[t]]));
         needed = std::max(needed, t + 1);
       }

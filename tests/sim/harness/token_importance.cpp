@@ -39,7 +39,8 @@ pikv::Keys raw_keys(const std::vector<float>& k, int64_t groups, int64_t tokens,
   return keys;
 }
 
-// Adds to sums [tokens] what the rows of q give raw keys k [tokens, dim]; row r sees those up to tokens - own + r % own.
+// Adds to sums [tokens] what the rows of q give raw keys k [tokens, dim]; row r sees those up to
+// tokens - own + r % own.
 void add_shares(const float* q, const float* lse, int64_t rows, const float* k, int64_t tokens, int64_t own,
                 int64_t dim, float* sums) {
   const auto logits = harness::products(q, rows, {k, k + tokens * dim}, dim, kScale);
